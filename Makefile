@@ -1,0 +1,46 @@
+PYTHON ?= python3
+VENV ?= .venv
+# One pair that is known to work together, so that two installs give the same numbers. On PyPI this is
+# the CUDA build, which runs on a CPU too. Another build:
+#   make install TORCH="torch torchvision --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0 torchvision==0.28.0
+RUNS ?= runs
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install demo test lint format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## make the virtual environment in $(VENV)
+
+# The first call installs torch from where TORCH says, the second everything else beside it.
+$(STAMP): setup.py pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' ruff
+	touch $@
+
+test: $(STAMP) ## run the tests
+	$(BIN)/python -m pytest -q $(TESTS)
+
+demo: $(STAMP) ## train, evaluate and sample on handwritten digits: minutes on a CPU
+	$(BIN)/python scripts/train_vae.py --config configs/digits/vae.yaml --out $(RUNS)/demo-vae
+	$(BIN)/python scripts/train_lsgm.py --config configs/digits/lsgm.yaml \
+		--vae $(RUNS)/demo-vae --out $(RUNS)/demo-lsgm
+	$(BIN)/python scripts/evaluate.py --run $(RUNS)/demo-vae $(RUNS)/demo-lsgm
+	$(BIN)/python scripts/sample.py --run $(RUNS)/demo-lsgm --out $(RUNS)/demo.png
+
+lint: $(STAMP) ## check style without changing anything
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP) ## apply the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the virtual environment, caches and build files; runs stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

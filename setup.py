@@ -1,0 +1,47 @@
+"""Packaging of lsgm and vae."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "lsgm/__init__.py").read_text(), re.M)[1]
+
+EXTRAS = {
+    "metrics": ["torch-fidelity"],
+    "demo": ["gradio"],
+    "test": ["pytest"],
+    "dev": ["pytest", "ruff", "mypy", "pre-commit"],
+}
+
+setup(
+    name="lsgm",
+    version=VERSION,
+    description="Score-based generative models in latent space",
+    long_description=(HERE / "README.md").read_text() if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    author="The LSGM developers",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["lsgm", "lsgm.*", "vae", "vae.*"]),
+    # NVIDIA apex (config: impl apex) is optional and built from its own source: the package of
+    # that name on PyPI is unrelated, so no extra may ask for it.
+    install_requires=[
+        "torch>=2.10",
+        "torchvision",
+        "numpy",
+        "scipy",
+        "torchdiffeq",
+        "tensorboardX",
+        "omegaconf>=2.4",
+        "tyro>=1.0",
+        "pyyaml",
+        "tqdm",
+        "matplotlib",
+        "pillow",
+        "safetensors",
+        "scikit-learn",
+    ],
+    extras_require=EXTRAS,
+)
