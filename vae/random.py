@@ -1,0 +1,82 @@
+"""Random numbers with an explicit generator, reproducible over any number of processes.
+
+All noise of the package is drawn through :func:`randn` and :func:`rand`. With a :class:`ShardedGenerator` every process draws
+the noise of the *global* batch and keeps its own rows, so that N processes holding B/N images each see exactly the noise of one
+process holding B images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = ["Rng", "ShardedGenerator", "rand", "randn"]
+
+
+@dataclass(frozen=True)
+class ShardedGenerator:
+    """One generator, in the same state on all processes, of which each process takes its rows.
+
+    Args:
+        generator: Seeded alike on every process.
+        rank: Index of this process, in [0, world_size).
+        world_size: Number of processes; each holds the same number of rows.
+
+    Raises:
+        ValueError: If the rank is outside [0, world_size).
+    """
+
+    generator: torch.Generator
+    rank: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank must lie in [0, {self.world_size}), got {self.rank}")
+
+
+Rng: TypeAlias = torch.Generator | ShardedGenerator | None
+
+
+def randn(
+    shape: Sequence[int],
+    rng: Rng,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Draw standard normal noise of `shape` (batch first) on `device`."""
+    return _draw(torch.randn, shape, rng, device, dtype)
+
+
+def rand(
+    shape: Sequence[int],
+    rng: Rng,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Draw uniform noise in [0, 1) of `shape` (batch first) on `device`."""
+    return _draw(torch.rand, shape, rng, device, dtype)
+
+
+def _draw(
+    draw: object, shape: Sequence[int], rng: Rng, device: torch.device | str, dtype: torch.dtype
+) -> Tensor:
+    assert callable(draw)
+    if isinstance(rng, ShardedGenerator):
+        size = tuple(shape)
+        if not size:
+            raise ValueError("a sharded generator needs a batch axis")
+        rows = size[0]
+        full = (rows * rng.world_size, *size[1:])
+        noise = draw(full, generator=rng.generator, device=rng.generator.device, dtype=dtype)
+        return noise[rng.rank * rows : (rng.rank + 1) * rows].to(device)
+    if rng is None:
+        return draw(tuple(shape), device=device, dtype=dtype)
+    # The generator's device decides where the numbers are made, so that one seed means the same noise on every device.
+    return draw(tuple(shape), generator=rng, device=rng.device, dtype=dtype).to(device)
