@@ -1,0 +1,328 @@
+"""NCSN++ as the prior of LSGM (arXiv 2011.13456 appendix H; arXiv 2106.05931 appendix G).
+
+A U-net of residual blocks that predicts the noise. Unlike the image-space original its output is
+not divided by ``sigma`` and it is conditioned on ``t``, not on ``ln sigma``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lsgm.networks.embeddings import TimeEmbedding
+from lsgm.networks.layers import (
+    HALF_SQRT,
+    TINY_SCALE,
+    AttentionBlock,
+    GroupNormSiLU,
+    ResidualBlock,
+    conv,
+)
+from lsgm.networks.resample import make_conv_resampler, make_resampler
+
+__all__ = [
+    "PROGRESSIVE",
+    "PROGRESSIVE_COMBINE",
+    "PROGRESSIVE_INPUT",
+    "DownLevel",
+    "NCSNpp",
+    "UpLevel",
+]
+
+PROGRESSIVE = ("none", "output_skip", "residual")
+PROGRESSIVE_INPUT = ("none", "input_skip", "residual")
+PROGRESSIVE_COMBINE = ("sum", "cat")
+
+
+@dataclass
+class _State:
+    """What travels through the network: features, image pyramid, skips yet to be consumed."""
+
+    h: Tensor
+    time: Tensor
+    pyramid: Tensor
+    skips: list[Tensor] = field(default_factory=list)
+
+
+class NormConv(nn.Module):
+    """``conv3x3(silu(group_norm(x)))``, the network's head and the heads of the output pyramid."""
+
+    def __init__(self, in_channels: int, out_channels: int, scale: float) -> None:
+        super().__init__()
+        self.norm = GroupNormSiLU(in_channels)
+        self.conv = conv(in_channels, out_channels, scale=scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.norm(x))
+
+
+class InputSkip(nn.Module):
+    """Input pyramid: the resampled input joins the features by sum or concatenation."""
+
+    def __init__(self, in_channels: int, width: int, fir: bool, combine: str) -> None:
+        super().__init__()
+        self.resample = make_resampler("down", fir)
+        self.conv = conv(in_channels, width, 1)
+        self.concatenate = combine == "cat"
+
+    def forward(self, state: _State) -> None:
+        state.pyramid = self.resample(state.pyramid)
+        joined = self.conv(state.pyramid)
+        state.h = torch.cat([joined, state.h], dim=1) if self.concatenate else joined + state.h
+
+
+class InputResidual(nn.Module):
+    """Input pyramid with a learned downsampling, which carries the features on."""
+
+    def __init__(self, in_channels: int, width: int, fir: bool) -> None:
+        super().__init__()
+        self.resample = make_conv_resampler("down", fir, in_channels, width)
+
+    def forward(self, state: _State) -> None:
+        state.pyramid = state.h = (self.resample(state.pyramid) + state.h) * HALF_SQRT
+
+
+class OutputSkip(nn.Module):
+    """Output pyramid: every level adds an image to the upsampled sum of those below it."""
+
+    def __init__(self, width: int, out_channels: int, fir: bool, lowest: bool) -> None:
+        super().__init__()
+        self.resample = None if lowest else make_resampler("up", fir)
+        self.head = NormConv(width, out_channels, TINY_SCALE)
+
+    def forward(self, state: _State) -> None:
+        image = self.head(state.h)
+        state.pyramid = image if self.resample is None else self.resample(state.pyramid) + image
+
+
+class OutputResidualStart(nn.Module):
+    """Lowest level of the residual output pyramid."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.head = NormConv(width, width, 1.0)
+
+    def forward(self, state: _State) -> None:
+        state.pyramid = self.head(state.h)
+
+
+class OutputResidual(nn.Module):
+    """Other levels of the residual output pyramid, which carries the features on."""
+
+    def __init__(self, in_channels: int, width: int, fir: bool) -> None:
+        super().__init__()
+        self.resample = make_conv_resampler("up", fir, in_channels, width)
+
+    def forward(self, state: _State) -> None:
+        state.pyramid = state.h = (self.resample(state.pyramid) + state.h) * HALF_SQRT
+
+
+class DownLevel(nn.Module):
+    """One resolution of the encoder: blocks with attention, then the step down."""
+
+    def __init__(
+        self,
+        blocks: Sequence[ResidualBlock],
+        attentions: Sequence[AttentionBlock],
+        downsample: ResidualBlock | None,
+        pyramid: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.attentions = nn.ModuleList(attentions)
+        self.downsample = downsample
+        self.pyramid = pyramid
+
+    def forward(self, state: _State) -> None:
+        for i, block in enumerate(self.blocks):
+            state.h = block(state.h, state.time)
+            if self.attentions:
+                state.h = self.attentions[i](state.h)
+            state.skips.append(state.h)
+        if self.downsample is not None:
+            state.h = self.downsample(state.h, state.time)
+            if self.pyramid is not None:
+                self.pyramid(state)
+            state.skips.append(state.h)
+
+
+class UpLevel(nn.Module):
+    """One resolution of the decoder: blocks that each consume a skip, then the step up."""
+
+    def __init__(
+        self,
+        blocks: Sequence[ResidualBlock],
+        attention: AttentionBlock | None,
+        pyramid: nn.Module | None,
+        upsample: ResidualBlock | None,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.attention = attention
+        self.pyramid = pyramid
+        self.upsample = upsample
+
+    def forward(self, state: _State) -> None:
+        for block in self.blocks:
+            state.h = block(torch.cat([state.h, state.skips.pop()], dim=1), state.time)
+        if self.attention is not None:
+            state.h = self.attention(state.h)
+        if self.pyramid is not None:
+            self.pyramid(state)
+        if self.upsample is not None:
+            state.h = self.upsample(state.h, state.time)
+
+
+class NCSNpp(nn.Module):
+    """Noise prediction network.
+
+    Args:
+        channels: ``C`` of the input and the output.
+        resolution: ``S``, the side of the input in pixels; a multiple of ``2^(num_scales - 1)``.
+        num_channels: width of the first level.
+        num_scales: number of resolutions.
+        channel_mult: width of each level over ``num_channels``; ``None`` is one everywhere; a
+            longer tuple is cut.
+        num_cells_per_scale: residual blocks a level (the decoder has one more).
+        embedding_dim: size of the time features.
+        embedding_type: ``"positional"`` or ``"fourier"``.
+        embedding_scale: factor on ``t`` before the sinusoids, or standard deviation of the Fourier
+            frequencies.
+        dropout: probability in every residual block.
+        fir: resample with a FIR filter instead of nearest neighbour and mean.
+        progressive: output pyramid, ``"none"``, ``"output_skip"`` or ``"residual"``.
+        progressive_input: input pyramid, ``"none"``, ``"input_skip"`` or ``"residual"``.
+        progressive_combine: how ``"input_skip"`` joins the features, ``"sum"`` or ``"cat"``.
+        attention_resolutions: sides at which every level has attention.
+        middle_attention: attention between the two middle blocks.
+
+    Raises:
+        ValueError: an unknown option or sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        resolution: int,
+        *,
+        num_channels: int = 64,
+        num_scales: int = 2,
+        channel_mult: Sequence[int] | None = None,
+        num_cells_per_scale: int = 2,
+        embedding_dim: int = 128,
+        embedding_type: str = "positional",
+        embedding_scale: float = 1000.0,
+        dropout: float = 0.0,
+        fir: bool = False,
+        progressive: str = "none",
+        progressive_input: str = "none",
+        progressive_combine: str = "sum",
+        attention_resolutions: Sequence[int] = (16,),
+        middle_attention: bool = True,
+    ) -> None:
+        super().__init__()
+        mult = (1,) * num_scales if channel_mult is None else tuple(channel_mult)[:num_scales]
+        _check_options(
+            resolution, num_scales, mult, progressive, progressive_input, progressive_combine
+        )
+        self.channels, self.resolution = channels, resolution
+        widths = [num_channels * m for m in mult]
+        sides = [resolution >> i for i in range(num_scales)]
+        self.embedding = TimeEmbedding(embedding_dim, embedding_type, embedding_scale)
+        time_width = self.embedding.width
+
+        def block(
+            in_channels: int, out_channels: int, direction: str | None = None
+        ) -> ResidualBlock:
+            resample = make_resampler(direction, fir) if direction else None
+            return ResidualBlock(in_channels, out_channels, time_width, dropout, resample)
+
+        self.conv_in = conv(channels, num_channels)
+        width, pyramid_width = num_channels, channels
+        skip_widths = [width]
+        self.down = nn.ModuleList()
+        for level, (level_width, side) in enumerate(zip(widths, sides, strict=True)):
+            blocks = []
+            for _ in range(num_cells_per_scale):
+                blocks.append(block(width, level_width))
+                width = level_width
+                skip_widths.append(width)
+            attentions = [AttentionBlock(width) for _ in blocks if side in attention_resolutions]
+            downsample: ResidualBlock | None = None
+            pyramid: nn.Module | None = None
+            if level < num_scales - 1:
+                downsample = block(width, width, "down")
+                if progressive_input == "input_skip":
+                    pyramid = InputSkip(channels, width, fir, progressive_combine)
+                    width *= 2 if progressive_combine == "cat" else 1
+                elif progressive_input == "residual":
+                    pyramid = InputResidual(pyramid_width, width, fir)
+                    pyramid_width = width
+                skip_widths.append(width)
+            self.down.append(DownLevel(blocks, attentions, downsample, pyramid))
+
+        self.middle_in = block(width, width)
+        self.middle_attention = AttentionBlock(width) if middle_attention else None
+        self.middle_out = block(width, width)
+
+        self.up = nn.ModuleList()
+        for level, level_width in reversed(list(enumerate(widths))):
+            blocks = []
+            for _ in range(num_cells_per_scale + 1):
+                blocks.append(block(width + skip_widths.pop(), level_width))
+                width = level_width
+            attention = AttentionBlock(width) if sides[level] in attention_resolutions else None
+            lowest = level == num_scales - 1
+            pyramid = None
+            if progressive == "output_skip":
+                pyramid = OutputSkip(width, channels, fir, lowest)
+            elif progressive == "residual" and lowest:
+                pyramid = OutputResidualStart(width)
+            elif progressive == "residual":
+                pyramid = OutputResidual(pyramid_width, width, fir)
+            pyramid_width = width
+            upsample = block(width, width, "up") if level else None
+            self.up.append(UpLevel(blocks, attention, pyramid, upsample))
+        self.head = None if progressive == "output_skip" else NormConv(width, channels, TINY_SCALE)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Predicted noise ``(B, C, S, S)`` for ``x (B, C, S, S)`` at ``t (B,)`` or a scalar."""
+        state = _State(self.conv_in(x), self.embedding(t), pyramid=x)
+        state.skips.append(state.h)
+        for level in self.down:
+            level(state)
+        state.h = self.middle_in(state.h, state.time)
+        if self.middle_attention is not None:
+            state.h = self.middle_attention(state.h)
+        state.h = self.middle_out(state.h, state.time)
+        for level in self.up:
+            level(state)
+        return state.pyramid if self.head is None else self.head(state.h)
+
+
+def _check_options(
+    resolution: int,
+    num_scales: int,
+    mult: tuple[int, ...],
+    progressive: str,
+    progressive_input: str,
+    combine: str,
+) -> None:
+    if num_scales < 1 or resolution % (1 << (num_scales - 1)):
+        raise ValueError(
+            f"resolution {resolution} cannot be halved {num_scales - 1} times, once a scale"
+        )
+    if len(mult) != num_scales:
+        raise ValueError(
+            f"channel_mult {mult} must have at least num_scales = {num_scales} entries"
+        )
+    for name, value, known in (
+        ("progressive", progressive, PROGRESSIVE),
+        ("progressive_input", progressive_input, PROGRESSIVE_INPUT),
+        ("progressive_combine", combine, PROGRESSIVE_COMBINE),
+    ):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")

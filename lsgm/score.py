@@ -1,0 +1,113 @@
+"""Score parameterisations: networks that predict the noise ``eps`` of ``z_t``.
+
+``score = -eps / sqrt(var(t))``.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lsgm.sde import LinearSDE
+
+__all__ = ["INACTIVE_MIXING_LOGIT", "EpsFn", "MixedNormalScore"]
+
+INACTIVE_MIXING_LOGIT = -15.0
+"""Mixing logit given to an inactive channel: its prior is N(0, 1) to one part in three million."""
+
+
+class EpsFn(Protocol):
+    """Predicts the noise: ``x_t (B, *shape)``, ``t (B,)`` or a scalar -> ``eps (B, *shape)``."""
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor: ...
+
+
+class MixedNormalScore(nn.Module):
+    """Score of the prior as a correction to N(0, I).
+
+    ``eps = (1 - a) normal(x_t, t) + a network(x_t, t)``.
+
+    ``a = sigmoid(mixing_logit)`` is trained, one number a channel (arXiv 2106.05931 section 3.2).
+    The Normal component and the mix are computed outside autocast, in float32 or in the dtype of
+    ``x_t`` if that is wider.
+
+    Args:
+        network: maps ``(B, C, H, W), t (B,)`` to ``(B, C, H, W)``; it runs in its own precision.
+        sde: gives the Normal component.
+        channels: ``C``.
+        mixing_init: initial mixing logit.
+        mixed: if false the network alone predicts the noise (``a = 1``, nothing to train).
+
+    The buffer ``channel_mask (1, C, 1, 1)`` holds 1 for active channels; the network sees zeros in
+    the others. Unlike the published code it is saved with the weights.
+    """
+
+    channel_mask: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        sde: LinearSDE,
+        channels: int,
+        mixing_init: float = -6.0,
+        mixed: bool = True,
+    ) -> None:
+        super().__init__()
+        self.sde = sde
+        self.channels = channels
+        self.mixing_logit = (
+            nn.Parameter(torch.full((1, channels, 1, 1), float(mixing_init))) if mixed else None
+        )
+        self.register_buffer("channel_mask", torch.ones(1, channels, 1, 1))
+        self.network = network
+
+    @property
+    def mixing(self) -> Tensor:
+        """Weight ``a`` of the network, ``(1, C, 1, 1)`` in ``(0, 1)``; ones if not mixed."""
+        if self.mixing_logit is None:
+            return torch.ones_like(self.channel_mask)
+        return torch.sigmoid(self.mixing_logit)
+
+    @torch.no_grad()
+    def deactivate(self, inactive: Tensor) -> None:
+        """Hide channels from the network and give them a Normal prior.
+
+        ``inactive (C,)`` bool. The mixing logit is set once and stays trainable.
+
+        Raises:
+            ValueError: ``inactive`` has another shape or dtype.
+        """
+        if inactive.shape != (self.channels,) or inactive.dtype != torch.bool:
+            raise ValueError(
+                f"expected a bool mask ({self.channels},), "
+                f"got {inactive.dtype} {tuple(inactive.shape)}"
+            )
+        inactive = inactive.to(self.channel_mask.device).view(1, -1, 1, 1)
+        self.channel_mask.masked_fill_(inactive, 0.0)
+        if self.mixing_logit is not None:
+            self.mixing_logit.masked_fill_(inactive, INACTIVE_MIXING_LOGIT)
+
+    def residual(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """The network alone, at the masked input: ``(B, C, H, W)`` in its own dtype."""
+        dtype = self.channel_mask.dtype
+        return self.network(x_t.to(dtype) * self.channel_mask, t.to(dtype))
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Predicted noise.
+
+        Args:
+            x_t: ``(B, C, H, W)``.
+            t: ``(B,)`` or a scalar; float64 keeps the Normal component exact near ``t = 0``.
+
+        Returns:
+            ``(B, C, H, W)`` in float32, or in the dtype of ``x_t`` if that is wider.
+        """
+        residual = self.residual(x_t, t)
+        dtype = torch.promote_types(x_t.dtype, torch.float32)
+        if self.mixing_logit is None:
+            return residual.to(dtype)
+        with torch.autocast(x_t.device.type, enabled=False):
+            normal = self.sde.normal_component(x_t.to(dtype), t)
+            return torch.lerp(normal, residual.to(dtype), self.mixing.to(dtype))

@@ -1,0 +1,411 @@
+r"""Linear diffusions with scalar coefficients, the forward processes of the prior.
+
+``dz = f(t) z dt + sqrt(g2(t)) dw`` for ``t`` in ``[0, 1]`` has the Gaussian kernel ``z_t = m(t) z_0
++ sqrt(var(t)) e``, ``e ~ N(0, I)``, whose moments solve ``m' = f m`` with ``m(0) = 1`` and ``var' =
+2 f var + g2`` with ``var(0) = sigma2_0`` (arXiv 2011.13456 eq. 29; arXiv 2106.05931 appendix B).
+Every coefficient maps ``t (B,)`` to ``(B,)`` in the dtype of ``t``; they are written with
+``expm1``/``log1p`` so that small ``t`` and ``1 - var`` near ``t = 1`` lose no digits. Pass float64
+times where that matters and cast the result.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from lsgm.tensors import expand_like, sum_except_batch
+from vae.random import Rng, randn
+
+__all__ = [
+    "SDES",
+    "GeometricVPSDE",
+    "LinearSDE",
+    "SubVPSDE",
+    "VESDE",
+    "VPSDE",
+    "largest_squared_distance",
+    "make_sde",
+]
+
+
+@dataclass(frozen=True)
+class LinearSDE(ABC):
+    """A scalar linear SDE. Data sit at ``t = 0``; training uses ``t`` in ``[time_eps, 1]``."""
+
+    @property
+    @abstractmethod
+    def t_min(self) -> float:
+        """Lower end of the training interval (the ``time_eps`` field)."""
+
+    @property
+    @abstractmethod
+    def initial_var(self) -> float:
+        """Variance of the kernel at ``t = 0``, the paper's ``sigma_0^2``."""
+
+    @property
+    def prior_var(self) -> float:
+        """Variance of the Gaussian from which generation starts at ``t = 1``."""
+        return 1.0
+
+    @abstractmethod
+    def f(self, t: Tensor) -> Tensor:
+        """Drift coefficient."""
+
+    @abstractmethod
+    def g2(self, t: Tensor) -> Tensor:
+        """Squared diffusion coefficient."""
+
+    @abstractmethod
+    def mean_coef(self, t: Tensor) -> Tensor:
+        """Coefficient ``m`` of the data in the kernel's mean."""
+
+    @abstractmethod
+    def var(self, t: Tensor) -> Tensor:
+        """Variance of the kernel."""
+
+    @abstractmethod
+    def inverse_var(self, v: Tensor) -> Tensor:
+        """The time at which the kernel has variance ``v``."""
+
+    def one_minus_var(self, t: Tensor) -> Tensor:
+        """``1 - var(t)`` without cancellation where ``var`` is close to one."""
+        return 1 - self.var(t)
+
+    def total_var(self, t: Tensor) -> Tensor:
+        """Variance of ``z_t`` for data that, smoothed by ``initial_var``, are N(0, 1)."""
+        return (1 - self.initial_var) * self.mean_coef(t).square() + self.var(t)
+
+    def perturb(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """Sample the kernel, ``m(t) x0 + sqrt(var(t)) eps``: ``x0, eps (B, *shape)``, ``t (B,)``."""
+        return expand_like(self.mean_coef(t), x0) * x0 + expand_like(self.var(t).sqrt(), x0) * eps
+
+    def normal_component(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Optimal noise prediction if the smoothed data were N(0, I).
+
+        ``sqrt(var) x_t / total_var`` for
+
+        ``x_t (B, *shape)``, ``t (B,)`` or a scalar (arXiv 2106.05931 section 3.2, "mixing normal
+        and neural score").
+        """
+        return expand_like(self.var(t).sqrt() / self.total_var(t), x_t) * x_t
+
+    def prior_sample(
+        self,
+        shape: Sequence[int],
+        rng: Rng = None,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Starting points of generation, N(0, prior_var I): ``shape`` is batch first."""
+        noise = randn(tuple(shape), rng, device=torch.device(device), dtype=dtype)
+        return noise * math.sqrt(self.prior_var)
+
+    def prior_log_prob(self, x: Tensor) -> Tensor:
+        """Log-density of ``x (B, *shape)`` under N(0, prior_var I): ``(B,)`` nats."""
+        norm = 0.5 * math.log(2 * math.pi * self.prior_var)
+        return -sum_except_batch(0.5 * x.square() / self.prior_var + norm)
+
+    def cross_entropy_constant(self, t_min: float | None = None) -> float:
+        """Entropy of the kernel at the cutoff: ``(1 + ln(2 pi var(t_min))) / 2`` nats a variable.
+
+        The term of the cross entropy that holds no score (arXiv 2106.05931 theorem 1). ``t_min``
+        defaults to the field ``time_eps``.
+
+        Raises:
+            ValueError: the variance at the cutoff is zero, so the entropy is minus infinity.
+        """
+        cutoff = self.t_min if t_min is None else t_min
+        variance = self.var(torch.tensor(cutoff, dtype=torch.float64)).item()
+        if variance <= 0:
+            raise ValueError(
+                f"the kernel has no variance at the cutoff t = {cutoff}; "
+                "use time_eps > 0 or sigma2_0 > 0"
+            )
+        return 0.5 * (1 + math.log(2 * math.pi * variance))
+
+
+def _check_time_eps(time_eps: float) -> None:
+    if not 0 <= time_eps < 1:
+        raise ValueError(f"time_eps must lie in [0, 1), got {time_eps}")
+
+
+@dataclass(frozen=True)
+class _LinearBetaSDE(LinearSDE):
+    """What VP and sub-VP share: ``f = -beta/2`` with ``beta(t)`` linear in ``t``."""
+
+    beta_start: float = 0.1
+    beta_end: float = 20.0
+    sigma2_0: float = 0.0
+    time_eps: float = 1e-2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta_start <= self.beta_end or self.beta_end == 0:
+            raise ValueError(
+                "need 0 <= beta_start <= beta_end and beta_end > 0; "
+                f"got {self.beta_start}, {self.beta_end}"
+            )
+        if not 0 <= self.sigma2_0 < 1:
+            raise ValueError(f"sigma2_0 must lie in [0, 1), got {self.sigma2_0}")
+        _check_time_eps(self.time_eps)
+
+    @property
+    def t_min(self) -> float:
+        return self.time_eps
+
+    @property
+    def initial_var(self) -> float:
+        return self.sigma2_0
+
+    def beta(self, t: Tensor) -> Tensor:
+        """``beta_start + (beta_end - beta_start) t``."""
+        return self.beta_start + (self.beta_end - self.beta_start) * t
+
+    def beta_integral(self, t: Tensor) -> Tensor:
+        """``B(t)``, the integral of ``beta`` from 0 to ``t``."""
+        return t * (self.beta_start + 0.5 * (self.beta_end - self.beta_start) * t)
+
+    def inverse_beta_integral(self, value: Tensor) -> Tensor:
+        """The time at which ``B(t) = value``, in a form that serves constant ``beta`` too."""
+        slope = self.beta_end - self.beta_start
+        root = (self.beta_start**2 + 2 * slope * value).sqrt()
+        # beta_start = 0 and value = 0 would be 0/0; B vanishes only at t = 0
+        return torch.where(value > 0, 2 * value / (self.beta_start + root), 0.0)
+
+    def f(self, t: Tensor) -> Tensor:
+        return -0.5 * self.beta(t)
+
+    def mean_coef(self, t: Tensor) -> Tensor:
+        return torch.exp(-0.5 * self.beta_integral(t))
+
+
+@dataclass(frozen=True)
+class VPSDE(_LinearBetaSDE):
+    """Variance-preserving SDE with linear ``beta``.
+
+    arXiv 2011.13456 eq. 32; arXiv 2106.05931 appendix B.1.
+    """
+
+    def g2(self, t: Tensor) -> Tensor:
+        return self.beta(t)
+
+    def var(self, t: Tensor) -> Tensor:
+        return self.sigma2_0 - (1 - self.sigma2_0) * torch.expm1(-self.beta_integral(t))
+
+    def one_minus_var(self, t: Tensor) -> Tensor:
+        return (1 - self.sigma2_0) * torch.exp(-self.beta_integral(t))
+
+    def total_var(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def inverse_var(self, v: Tensor) -> Tensor:
+        return self.inverse_beta_integral(math.log1p(-self.sigma2_0) - torch.log1p(-v))
+
+
+@dataclass(frozen=True)
+class SubVPSDE(_LinearBetaSDE):
+    """sub-VP SDE: the VP drift with less noise.
+
+    ``g2 = beta (1 - exp(-2 B))`` (arXiv 2011.13456 eq. 29).
+    """
+
+    @property
+    def vpsde(self) -> VPSDE:
+        """The VP SDE with the same parameters, which gives closed-form time proposals."""
+        return VPSDE(self.beta_start, self.beta_end, self.sigma2_0, self.time_eps)
+
+    def g2(self, t: Tensor) -> Tensor:
+        return -self.beta(t) * torch.expm1(-2 * self.beta_integral(t))
+
+    def var(self, t: Tensor) -> Tensor:
+        minus_b = -self.beta_integral(t)
+        return torch.expm1(minus_b).square() + self.sigma2_0 * torch.exp(minus_b)
+
+    def one_minus_var(self, t: Tensor) -> Tensor:
+        decay = torch.exp(-self.beta_integral(t))
+        return decay * (2 - self.sigma2_0 - decay)
+
+    def inverse_var(self, v: Tensor) -> Tensor:
+        """Inverse of ``var``, with ``sigma2_0 > 0`` on its rising branch.
+
+        That is ``1 - exp(-B) >= sigma2_0 / 2``; before, ``var`` falls.
+        """
+        risen = 0.5 * (
+            self.sigma2_0 + (self.sigma2_0**2 + 4 * (v - self.sigma2_0)).clamp(min=0).sqrt()
+        )
+        return self.inverse_beta_integral(-torch.log1p(-risen))
+
+
+@dataclass(frozen=True)
+class GeometricVPSDE(LinearSDE):
+    """Variance-preserving SDE whose variance grows geometrically (arXiv 2106.05931 appendix B.2).
+
+    ``var = sigma2_min r^t - sigma2_min + sigma2_0`` with ``r = sigma2_max / sigma2_min``. With
+    ``sigma2_0 = sigma2_min`` and ``time_eps = 0``, ``ln var`` is linear in ``t``, so uniform times
+    are already the likelihood's importance sampling.
+    """
+
+    sigma2_min: float = 3e-5
+    sigma2_max: float = 0.999
+    sigma2_0: float = 3e-5
+    time_eps: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma2_min < self.sigma2_max:
+            raise ValueError(
+                f"need 0 < sigma2_min < sigma2_max; got {self.sigma2_min}, {self.sigma2_max}"
+            )
+        if not 0 <= self.sigma2_0 < 1 or self.sigma2_max - self.sigma2_min + self.sigma2_0 >= 1:
+            raise ValueError(
+                "the variance must stay below one: sigma2_max - sigma2_min + sigma2_0 < 1, got "
+                f"{self.sigma2_max} - {self.sigma2_min} + {self.sigma2_0}"
+            )
+        _check_time_eps(self.time_eps)
+
+    @property
+    def t_min(self) -> float:
+        return self.time_eps
+
+    @property
+    def initial_var(self) -> float:
+        return self.sigma2_0
+
+    @property
+    def log_ratio(self) -> float:
+        """``ln(sigma2_max / sigma2_min)``."""
+        return math.log(self.sigma2_max / self.sigma2_min)
+
+    def g2(self, t: Tensor) -> Tensor:
+        growth = self.sigma2_min * torch.exp(self.log_ratio * t) * self.log_ratio
+        return growth / self.one_minus_var(t)
+
+    def f(self, t: Tensor) -> Tensor:
+        return -0.5 * self.g2(t)
+
+    def mean_coef(self, t: Tensor) -> Tensor:
+        return (self.one_minus_var(t) / (1 - self.sigma2_0)).sqrt()
+
+    def var(self, t: Tensor) -> Tensor:
+        return self.sigma2_0 + self.sigma2_min * torch.expm1(self.log_ratio * t)
+
+    def one_minus_var(self, t: Tensor) -> Tensor:
+        # expanded about t = 1, where 1 - var is small
+        end = 1 - self.sigma2_max + self.sigma2_min - self.sigma2_0
+        return end - self.sigma2_max * torch.expm1(self.log_ratio * (t - 1))
+
+    def total_var(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def inverse_var(self, v: Tensor) -> Tensor:
+        return torch.log1p((v - self.sigma2_0) / self.sigma2_min) / self.log_ratio
+
+
+@dataclass(frozen=True)
+class VESDE(LinearSDE):
+    """Variance-exploding SDE, ``var = sigma2_min r^t`` and ``m = 1``.
+
+    arXiv 2011.13456 eq. 31; arXiv 2106.05931 appendix B.3.
+
+    The kernel starts from ``sigma2_min``, so there is no separate ``sigma2_0``. ``sigma2_max``
+    should be the largest squared distance between two encodings (:func:`largest_squared_distance`).
+    """
+
+    sigma2_min: float = 1e-2
+    sigma2_max: float = 900.0
+    time_eps: float = 1e-2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma2_min < min(1.0, self.sigma2_max):
+            raise ValueError(
+                "need 0 < sigma2_min < 1 and sigma2_min < sigma2_max; "
+                f"got {self.sigma2_min}, {self.sigma2_max}"
+            )
+        _check_time_eps(self.time_eps)
+
+    @property
+    def t_min(self) -> float:
+        return self.time_eps
+
+    @property
+    def initial_var(self) -> float:
+        return self.sigma2_min
+
+    @property
+    def prior_var(self) -> float:
+        return self.sigma2_max
+
+    @property
+    def log_ratio(self) -> float:
+        """``ln(sigma2_max / sigma2_min)``."""
+        return math.log(self.sigma2_max / self.sigma2_min)
+
+    def f(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    def g2(self, t: Tensor) -> Tensor:
+        return self.log_ratio * self.var(t)
+
+    def mean_coef(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def var(self, t: Tensor) -> Tensor:
+        return self.sigma2_min * torch.exp(self.log_ratio * t)
+
+    def inverse_var(self, v: Tensor) -> Tensor:
+        return torch.log(v / self.sigma2_min) / self.log_ratio
+
+
+SDES: dict[str, type[LinearSDE]] = {
+    "vpsde": VPSDE,
+    "geometric": GeometricVPSDE,
+    "subvpsde": SubVPSDE,
+    "vesde": VESDE,
+}
+
+
+def make_sde(kind: str, **options: float) -> LinearSDE:
+    """Build an SDE by name, taking from ``options`` the ones that it has.
+
+    A configuration holds the fields of all kinds, so those of other kinds are passed over.
+
+    Raises:
+        ValueError: unknown ``kind``, an option that no SDE has, or a value out of range.
+    """
+    if kind not in SDES:
+        raise ValueError(f"unknown SDE {kind!r}; known: {', '.join(SDES)}")
+    known = {field.name for sde in SDES.values() for field in fields(sde)}
+    if unknown := sorted(set(options) - known):
+        raise ValueError(
+            f"no SDE has the options {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+        )
+    own = {field.name for field in fields(SDES[kind])}
+    return SDES[kind](**{name: value for name, value in options.items() if name in own})
+
+
+@torch.no_grad()
+def largest_squared_distance(encodings: Iterable[Tensor], block: int = 2048) -> float:
+    """Largest squared Euclidean distance between two encodings, a VESDE's ``sigma2_max``.
+
+    Args:
+        encodings: batches ``(B, *shape)``; at least two encodings together.
+        block: rows of the distance matrix computed at once (memory ``block^2``).
+
+    Raises:
+        ValueError: fewer than two encodings.
+    """
+    points = torch.cat([batch.flatten(1).float().cpu() for batch in encodings])
+    if len(points) < 2:
+        raise ValueError(f"need at least two encodings, got {len(points)}")
+    # the origin is immaterial; centring keeps the expanded square accurate
+    blocks = (points - points.mean(0)).split(block)
+    largest = max(
+        torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist").max()
+        for i, a in enumerate(blocks)
+        for b in blocks[i:]
+    )
+    return float(largest) ** 2
