@@ -1,0 +1,33 @@
+"""Datasets in [0, 1], their order in training, and what is done to a batch before the model."""
+
+from lsgm.data.arrays import ArrayDataset
+from lsgm.data.batches import Batches, epoch_order
+from lsgm.data.folder import FolderDataset
+from lsgm.data.preprocess import (
+    binarise,
+    fixed_binarisation,
+    preprocess,
+    random_affine,
+    random_flip,
+    reduce_bits,
+)
+from lsgm.data.registry import DATASETS, build_datasets
+from lsgm.data.spec import Datasets, DataSpec, ImageDataset
+
+__all__ = [
+    "DATASETS",
+    "ArrayDataset",
+    "Batches",
+    "DataSpec",
+    "Datasets",
+    "FolderDataset",
+    "ImageDataset",
+    "binarise",
+    "build_datasets",
+    "epoch_order",
+    "fixed_binarisation",
+    "preprocess",
+    "random_affine",
+    "random_flip",
+    "reduce_bits",
+]

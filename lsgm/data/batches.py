@@ -1,0 +1,120 @@
+"""The order of images in an epoch, and each process's share of every batch.
+
+Both are functions of (seed, epoch, step) with no hidden state, so a run continues after any step
+exactly where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lsgm.data.spec import ImageDataset
+
+__all__ = ["Batches", "epoch_order"]
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    """Return the permutation of 0..n-1 in which epoch number `epoch` visits the images; shape (n,),
+    int64.
+    """
+    # Hashing the pair keeps epochs of neighbouring seeds unrelated (seed + epoch would not).
+    state = int(
+        np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> np.uint64(1)
+    )
+    return torch.randperm(n, generator=torch.Generator().manual_seed(state))
+
+
+class Batches:
+    """This process's part of every global batch.
+
+    Args:
+        dataset: The images.
+        batch_size: Images per batch over all processes.
+        train: Shuffle by :func:`epoch_order` and drop the last incomplete batch; otherwise keep the
+            dataset's order and every image.
+        seed: Seed of the order.
+        rank: Index of this process.
+        world_size: Number of processes. In training it has to divide the batch, and rank r takes
+            the r-th part of it. In evaluation parts differ by one image at most, and a rank left
+            without any image skips the batch.
+        limit: Use the first `limit` images only (evaluation on a part).
+
+    Raises:
+        ValueError: If the batch does not divide over the processes, or training has fewer images
+            than one batch.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        batch_size: int,
+        *,
+        train: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        limit: int | None = None,
+    ) -> None:
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.train = train
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.num_images = len(dataset) if limit is None else min(limit, len(dataset))
+        if train and batch_size % world_size:
+            raise ValueError(
+                f"a batch of {batch_size} images does not divide over {world_size} processes"
+            )
+        if train and batch_size > self.num_images:
+            raise ValueError(
+                f"a batch of {batch_size} images is more than the {self.num_images} training images"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of global batches in an epoch."""
+        full = self.num_images // self.batch_size
+        return full if self.train else -(-self.num_images // self.batch_size)
+
+    def index(self, epoch: int, step: int, order: Tensor | None = None) -> Tensor:
+        """Return the dataset indices of this process's part of a batch; shape (b,), int64."""
+        order = self._order(epoch) if order is None else order
+        whole = order[step * self.batch_size : (step + 1) * self.batch_size]
+        return whole.tensor_split(self.world_size)[self.rank]
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[int, Tensor]]:
+        """Yield (step in the epoch, images) from step `start` on.
+
+        Images are float32 in [0, 1] with shape (b, C, R, R).
+        """
+        order = self._order(epoch)
+        jobs = (
+            (step, self.index(epoch, step, order)) for step in range(start, self.steps_per_epoch)
+        )
+        jobs = ((step, index) for step, index in jobs if len(index))
+        if not self.dataset.gather_ahead:
+            for step, index in jobs:
+                yield step, self.dataset.batch(index)
+            return
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            waiting = None
+            for step, index in jobs:
+                coming = step, pool.submit(self.dataset.batch, index)
+                if waiting is not None:
+                    yield waiting[0], waiting[1].result()
+                waiting = coming
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+
+    def _order(self, epoch: int) -> Tensor:
+        return (
+            epoch_order(self.num_images, self.seed, epoch)
+            if self.train
+            else torch.arange(self.num_images)
+        )

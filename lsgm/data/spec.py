@@ -1,0 +1,95 @@
+"""What a model has to know about a dataset, and the interface that all datasets share.
+
+Images of every dataset are float32 in [0, 1] with shape (C, R, R), where the network size R is the
+image side plus the zero padding around it. Binarisation and the map to [-1, 1] belong to the batch
+(:mod:`lsgm.data.preprocess`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+__all__ = ["DataSpec", "Datasets", "ImageDataset"]
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Facts about a dataset that fix the model's input and its likelihood.
+
+    Attributes:
+        name: Dataset name.
+        channels: 1 (grey) or 3 (colour).
+        image_size: Side of the image in pixels, without padding.
+        padding: Zero pixels added on each side for the network; they are left out of the
+            likelihood.
+        binary: Whether images are binarised by one Bernoulli draw per pixel, with the grey value as
+            probability.
+        num_classes: Number of labels, or None where there are none.
+        flip: Whether training images are mirrored at random.
+        affine: Whether training images are shifted, rotated, scaled and sheared at random.
+    """
+
+    name: str
+    channels: int
+    image_size: int
+    padding: int
+    binary: bool
+    num_classes: int | None = None
+    flip: bool = False
+    affine: bool = False
+
+    @property
+    def network_size(self) -> int:
+        """Side R of the padded image in pixels."""
+        return self.image_size + 2 * self.padding
+
+    @property
+    def num_dims(self) -> int:
+        """Number of values per image that the likelihood counts (padding excluded), for
+        bits/dim.
+        """
+        return self.channels * self.image_size**2
+
+
+class ImageDataset(Dataset[Tensor], ABC):
+    """A finite set of images that are gathered by index.
+
+    Attributes:
+        labels: Class of each image with shape (N,), int64, or None.
+        gather_ahead: Whether a batch is slow enough to gather that it pays to do so in a second
+            thread.
+    """
+
+    labels: Tensor | None = None
+    gather_ahead: bool = False
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    @abstractmethod
+    def batch(self, index: Tensor) -> Tensor:
+        """Return the images at `index` (B,), int64, as float32 in [0, 1] with shape (B, C, R,
+        R).
+        """
+
+    def __getitem__(self, item: int) -> Tensor:
+        """Return one image as float32 in [0, 1] with shape (C, R, R)."""
+        size = len(self)
+        if not -size <= item < size:
+            raise IndexError(f"image {item} of {size}")
+        return self.batch(torch.tensor([item % size]))[0]
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """The two splits of a dataset and their common facts."""
+
+    train: ImageDataset
+    test: ImageDataset
+    spec: DataSpec
