@@ -1,0 +1,87 @@
+r"""Solvers: from noise to data (and back) with any score, for images and latents alike.
+
+``make_solver(name, **options).solve(sde, eps_fn, x, make_grid(grid, sde, n, t_end), rng)``. A new solver is one class in one file
+and its line in ``SOLVERS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+from lsgm.solvers.base import Callback, EpsFn, Hook, Progress, Solution, Solver
+from lsgm.solvers.exponential import DDIM, DPMSolverPP, UniPC
+from lsgm.solvers.grids import GRIDS, make_grid, times_of_noise_levels
+from lsgm.solvers.langevin import AnnealedLangevin
+from lsgm.solvers.normal_reference import NormalReference
+from lsgm.solvers.ode import AdaptiveODE, Euler, Heun, RungeKutta4
+from lsgm.solvers.predictor_corrector import PredictorCorrector
+from lsgm.solvers.stochastic import EDMChurn, SDEDPMSolverPP
+
+__all__ = [
+    "DDIM",
+    "GRIDS",
+    "SOLVERS",
+    "AdaptiveODE",
+    "AnnealedLangevin",
+    "Callback",
+    "DPMSolverPP",
+    "EDMChurn",
+    "EpsFn",
+    "Euler",
+    "Heun",
+    "Hook",
+    "NormalReference",
+    "PredictorCorrector",
+    "Progress",
+    "RungeKutta4",
+    "SDEDPMSolverPP",
+    "Solution",
+    "Solver",
+    "UniPC",
+    "make_grid",
+    "make_solver",
+    "times_of_noise_levels",
+]
+
+SOLVERS: dict[str, Callable[..., Solver]] = {
+    "ancestral": partial(PredictorCorrector, predictor="ancestral"),
+    "ddim": DDIM,
+    "deis": partial(NormalReference, alpha=1.0, order=3),
+    "dopri5": AdaptiveODE,
+    "dpmpp_2m": partial(DPMSolverPP, order=2),
+    "dpmpp_3m": partial(DPMSolverPP, order=3),
+    "edm_churn": EDMChurn,
+    "euler": Euler,
+    "euler_maruyama": partial(PredictorCorrector, predictor="euler_maruyama"),
+    "heun": Heun,
+    "langevin": AnnealedLangevin,
+    "normal_reference": NormalReference,
+    "normal_reference_pc": partial(NormalReference, order=3, corrector=True),
+    "predictor_corrector": partial(PredictorCorrector, corrector_steps=1),
+    "reverse_diffusion": partial(PredictorCorrector, predictor="reverse_diffusion"),
+    "rk4": RungeKutta4,
+    "rk45": partial(AdaptiveODE, backend="scipy"),
+    "sde_dpmpp_2m": SDEDPMSolverPP,
+    "unipc": UniPC,
+}
+"""Every sampler by name, some with options preset."""
+
+
+def make_solver(name: str, **options: Any) -> Solver:
+    """Build the solver of that name with the given options.
+
+    Raises:
+        ValueError: The name or an option is unknown, or an option's value out of range.
+    """
+    if name not in SOLVERS:
+        raise ValueError(f"unknown solver {name!r}: choose from {', '.join(SOLVERS)}")
+    factory = SOLVERS[name]
+    known = [field.name for field in fields(factory.func if isinstance(factory, partial) else factory)]
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(
+            f"solver {name!r} has no option {', '.join(unknown)}: choose from {', '.join(known)}"
+        )
+    return factory(**options)

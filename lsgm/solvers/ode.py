@@ -1,0 +1,227 @@
+r"""Runge-Kutta methods on the probability-flow ODE.
+
+In the variable ``t`` the ODE is ``dz/dt = f z + g^2 eps / (2 sigma)`` (arXiv 2011.13456 eq. 13). In the variable
+``sigma_hat = sigma / m``, with ``y = z / m``, the same ODE is ``dy / dsigma_hat = eps`` (arXiv 2206.00364 eq. 4; arXiv
+2010.02502 eq. 14): the linear part is gone, Euler is DDIM and Heun is EDM's deterministic sampler.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from scipy.integrate import solve_ivp
+from torch import Tensor
+from torchdiffeq import odeint
+
+from lsgm.solvers.base import Problem, Solver, StepSolver, probability_flow_velocity
+from lsgm.solvers.grids import times_of_noise_levels
+
+__all__ = ["AdaptiveODE", "Euler", "Heun", "RungeKutta4", "integrate_adaptive"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FixedStepODE(StepSolver):
+    """One explicit Runge-Kutta step for each pair of times.
+
+    Arguments:
+        variable: What the steps are taken in: ``"time"``, or ``"sigma"`` for ``sigma / m``.
+    """
+
+    variable: Literal["time", "sigma"] = "time"
+
+    def __post_init__(self) -> None:
+        if self.variable not in ("time", "sigma"):
+            raise ValueError(f"variable must be 'time' or 'sigma', got {self.variable!r}")
+
+    def _system(
+        self, problem: Problem, i: int
+    ) -> tuple[float, float, Callable[[Tensor, float], Tensor], float, float]:
+        """Start and end ``u``, the right-hand side ``(y, u) -> dy/du``, and the scales ``z / y`` at both ends."""
+        grid = problem.schedule
+        if self.variable == "time":
+
+            def velocity(x: Tensor, t: float) -> Tensor:
+                time = torch.tensor(t, dtype=torch.float64)
+                return probability_flow_velocity(problem.sde, problem.eps(x, t), x, time)
+
+            return grid.t[i], grid.t[i + 1], velocity, 1.0, 1.0
+
+        known = {grid.sigma_hat[j]: grid.t[j] for j in (i, i + 1)}
+
+        def eps(y: Tensor, level: float) -> Tensor:
+            t = known[level] if level in known else times_of_noise_levels(problem.sde, [level]).item()
+            m = problem.sde.mean_coef(torch.tensor(t, dtype=torch.float64)).item()
+            return problem.eps(m * y, t)
+
+        return grid.sigma_hat[i], grid.sigma_hat[i + 1], eps, grid.m[i], grid.m[i + 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Euler(_FixedStepODE):
+    """Explicit Euler; in the variable ``sigma`` it is DDIM."""
+
+    order: ClassVar[int] = 1
+
+    def evaluations(self, num_steps: int) -> int:
+        return num_steps
+
+    def _step(self, problem: Problem, i: int, x: Tensor, history: list[Tensor]) -> Tensor:
+        u, u_next, slope, scale, scale_next = self._system(problem, i)
+        y = x / scale
+        return scale_next * (y + (u_next - u) * slope(y, u))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heun(_FixedStepODE):
+    """Heun's second-order method (arXiv 2206.00364 algorithm 1).
+
+    A step to a time without noise, where the slope is not defined, is an Euler step.
+    """
+
+    order: ClassVar[int] = 2
+
+    def evaluations(self, num_steps: int) -> int:
+        return 2 * num_steps
+
+    def _step(self, problem: Problem, i: int, x: Tensor, history: list[Tensor]) -> Tensor:
+        u, u_next, slope, scale, scale_next = self._system(problem, i)
+        y, h = x / scale, u_next - u
+        first = slope(y, u)
+        if problem.schedule.sigma[i + 1] == 0:
+            return scale_next * (y + h * first)
+        second = slope(y + h * first, u_next)
+        return scale_next * (y + 0.5 * h * (first + second))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RungeKutta4(_FixedStepODE):
+    """The classical fourth-order Runge-Kutta method, four network calls a step."""
+
+    order: ClassVar[int] = 4
+
+    def evaluations(self, num_steps: int) -> int:
+        return 4 * num_steps
+
+    def _step(self, problem: Problem, i: int, x: Tensor, history: list[Tensor]) -> Tensor:
+        u, u_next, slope, scale, scale_next = self._system(problem, i)
+        y, h = x / scale, u_next - u
+        k1 = slope(y, u)
+        k2 = slope(y + 0.5 * h * k1, u + 0.5 * h)
+        k3 = slope(y + 0.5 * h * k2, u + 0.5 * h)
+        k4 = slope(y + h * k3, u_next)
+        return scale_next * (y + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4))
+
+
+Backend = Literal["torchdiffeq", "scipy"]
+Dynamics = Callable[[Tensor, Tensor], Tensor]
+
+
+def integrate_adaptive(
+    function: Dynamics,
+    y: Tensor,
+    start: float,
+    end: float,
+    *,
+    rtol: float,
+    atol: float,
+    backend: Backend = "torchdiffeq",
+) -> Tensor:
+    """Integrate ``dy/dt = function(t, y)`` with the Dormand-Prince 5(4) pair.
+
+    The whole of ``y`` is one system: its error norm is the root mean square over all entries, so the steps depend on the batch.
+
+    Arguments:
+        function: Takes a 0-d float64 time and the state.
+        y: The state at ``start``.
+        rtol, atol: Relative and absolute tolerance of a step.
+        backend: ``"torchdiffeq"`` (dopri5, on the device of ``y``) or ``"scipy"`` (RK45, float64 on the CPU, the published one).
+
+    Raises:
+        ValueError: The backend is unknown or a tolerance not positive.
+        RuntimeError: The steps became too small.
+    """
+    if backend not in ("torchdiffeq", "scipy"):
+        raise ValueError(f"backend must be 'torchdiffeq' or 'scipy', got {backend!r}")
+    if rtol <= 0 or atol <= 0:
+        raise ValueError(f"tolerances must be positive, got rtol={rtol}, atol={atol}")
+    if backend == "torchdiffeq":
+        # The times follow the state's precision, for devices without float64.
+        limits = torch.tensor([start, end], dtype=y.dtype, device=y.device)
+        low, high = limits.min(), limits.max()
+
+        def within(t: Tensor, state: Tensor) -> Tensor:
+            # The trial evaluation that sets the first step may lie far outside: the flow of a nearly Normal prior hardly moves.
+            return function(t.clamp(low, high), state)
+
+        # By default the last step overshoots and is interpolated, which would ask for eps at times without noise.
+        options = {"step_t": limits[1:]}
+        try:
+            return odeint(
+                within, y, limits, method="dopri5", rtol=rtol, atol=atol, options=options
+            )[-1]
+        except AssertionError as error:
+            raise RuntimeError(f"dopri5 failed: {error}") from error
+
+    direction = math.copysign(1.0, end - start)
+
+    def flat(u: float, state: np.ndarray) -> np.ndarray:
+        time = torch.tensor(direction * u, dtype=torch.float64)
+        value = function(time, torch.from_numpy(state).to(y).reshape(y.shape))
+        return direction * value.detach().flatten().double().cpu().numpy()
+
+    flat_state = y.detach().flatten().double().cpu().numpy()
+    result = solve_ivp(
+        flat, (direction * start, direction * end), flat_state, method="RK45", rtol=rtol, atol=atol
+    )
+    if not result.success:
+        raise RuntimeError(f"RK45 failed: {result.message}")
+    return torch.from_numpy(result.y[:, -1]).to(y).reshape(y.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveODE(Solver):
+    """Embedded Runge-Kutta 5(4) with error control (arXiv 2011.13456 section 4.3; arXiv 2106.05931 section 5).
+
+    Only the first and last time count, unless hooks project the state or the trajectory is kept: then the integration stops at
+    every time. The step is shared by the batch: report the batch size with the NFE.
+
+    Arguments:
+        rtol, atol: Relative and absolute tolerance of a step.
+        backend: ``"torchdiffeq"`` or ``"scipy"``.
+        velocity_dtype: Precision of the coefficients and the velocity; None is the state's. The published sampler uses float32
+            for them (and for the two limits), float64 for the state.
+    """
+
+    order: ClassVar[int] = 5
+    rtol: float = 1e-5
+    atol: float = 1e-5
+    backend: Backend = "torchdiffeq"
+    velocity_dtype: torch.dtype | None = None
+
+    def evaluations(self, num_steps: int) -> None:
+        return None
+
+    def _integrate(self, problem: Problem, x: Tensor) -> list[Tensor]:
+        dtype = self.velocity_dtype or self.state_dtype
+        stops = problem.times if problem.hooks or self.keep_trajectory else problem.times[[0, -1]]
+        stops = stops.to(dtype).tolist()
+
+        def velocity(t: Tensor, z: Tensor) -> Tensor:
+            time, z = t.detach().to("cpu", dtype), z.to(dtype)
+            value = probability_flow_velocity(problem.sde, problem.eps(z, time.item()), z, time)
+            problem.report(problem.nfe, None, time.item(), z)
+            return value.to(self.state_dtype)
+
+        states = [x]
+        for start, end in zip(stops, stops[1:], strict=False):
+            x = integrate_adaptive(
+                velocity, x, start, end, rtol=self.rtol, atol=self.atol, backend=self.backend
+            )
+            x = problem.project(x, end)
+            states = [*states, x] if self.keep_trajectory else [x]
+        return states

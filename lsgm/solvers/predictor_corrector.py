@@ -1,0 +1,147 @@
+r"""Predictor-corrector samplers of the reverse SDE (arXiv 2011.13456 section 4.2, algorithms 1-5).
+
+A predictor takes one step of a discretised reverse SDE and gives the mean and the standard deviation of the next state; the
+corrector then runs Langevin steps at the new time. Any pair composes and each alone is a sampler.
+
+The discrete predictors use the exact transition ``z_t = a z_s + b e`` of the linear SDE, ``a = m_t / m_s``,
+``b^2 = sigma_t^2 - a^2 sigma_s^2``. For the VE SDE these are the published formulas; for the VP SDE ``b^2`` is the discrete chain's
+``beta_i`` (in place of its first-order value ``beta(t) dt``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lsgm.solvers.base import Problem, StepSolver
+from lsgm.solvers.langevin import langevin_step
+
+__all__ = ["PREDICTORS", "PredictorCorrector", "Step"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """The law of the next state: Gaussian with this mean ``(B, *shape)`` and this standard deviation."""
+
+    mean: Tensor
+    std: float
+
+
+Predictor = Callable[[Problem, int, Tensor, Tensor], Step]
+
+
+def reverse_diffusion(problem: Problem, i: int, x: Tensor, eps: Tensor) -> Step:
+    """``(2 - a) z - b^2 eps / sigma_t + b e`` (ibid. eq. 46)."""
+    a, b2 = problem.schedule.transition(i)
+    return Step((2 - a) * x - b2 / problem.schedule.sigma[i] * eps, math.sqrt(b2))
+
+
+def euler_maruyama(problem: Problem, i: int, x: Tensor, eps: Tensor) -> Step:
+    """``z - (f z + g^2 eps / sigma_t) (t - s) + g sqrt(t - s) e``."""
+    t, h = problem.times[i : i + 1], problem.schedule.t[i] - problem.schedule.t[i + 1]
+    f, g2 = problem.sde.f(t).item(), problem.sde.g2(t).item()
+    return Step((1 - f * h) * x - h * g2 / problem.schedule.sigma[i] * eps, math.sqrt(g2 * h))
+
+
+def ancestral(problem: Problem, i: int, x: Tensor, eps: Tensor) -> Step:
+    """``(z - b^2 eps / sigma_t) / a`` with the variance ``b^2 sigma_s^2 / sigma_t^2`` of ``q(z_s | z_t, z_0)`` (ibid. eq. 4 and 47)."""
+    a, b2 = problem.schedule.transition(i)
+    sigma, sigma_next = problem.schedule.sigma[i : i + 2]
+    return Step((x - b2 / sigma * eps) / a, math.sqrt(b2) * sigma_next / sigma)
+
+
+def ancestral_large(problem: Problem, i: int, x: Tensor, eps: Tensor) -> Step:
+    """As ``ancestral``, with the larger variance ``b^2`` (``beta_i`` in arXiv 2006.11239 section 3.2)."""
+    _, b2 = problem.schedule.transition(i)
+    return Step(ancestral(problem, i, x, eps).mean, math.sqrt(b2))
+
+
+PREDICTORS: dict[str, Predictor] = {
+    "reverse_diffusion": reverse_diffusion,
+    "euler_maruyama": euler_maruyama,
+    "ancestral": ancestral,
+    "ancestral_large": ancestral_large,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictorCorrector(StepSolver):
+    """One predictor step to each time, then Langevin steps there.
+
+    The corrector's step is ``2 a^2 (snr |e| / |score|)^2`` (ibid. algorithms 4 and 5, whose ``alpha_i`` is ``a^2``).
+
+    Arguments:
+        predictor: Name in ``PREDICTORS``, or None for the corrector alone (then ``z / m`` is kept from time to time).
+        corrector_steps: Langevin steps at each new time; 0 for the predictor alone.
+        snr: Signal-to-noise ratio of the corrector's step.
+        norm: How ``|e| / |score|`` is taken: ``"image"``, each image's own, so that samples do not depend on how the batch is
+            split; ``"batch"``, of norms averaged over the batch, as published; ``"expected"``, both replaced by their expected
+            size, which gives ``sigma_t``: the one to use for data of few dimensions, where single norms may nearly vanish.
+        noise_scale: Factor on the predictor's noise (a temperature).
+        denoise: The last step returns the predictor's mean, without noise and correction.
+    """
+
+    stochastic: ClassVar[bool] = True
+    default_grid: ClassVar[str] = "time"
+    predictor: str | None = "reverse_diffusion"
+    corrector_steps: int = 0
+    snr: float = 0.16
+    norm: Literal["image", "batch", "expected"] = "image"
+    noise_scale: float = 1.0
+    denoise: bool = False
+
+    def __post_init__(self) -> None:
+        if self.predictor is not None and self.predictor not in PREDICTORS:
+            raise ValueError(f"unknown predictor {self.predictor!r}: choose from {', '.join(PREDICTORS)}")
+        if self.corrector_steps < 0 or (self.predictor is None and self.corrector_steps == 0):
+            raise ValueError("need a predictor or a positive number of corrector steps")
+        if self.predictor is None and self.denoise:
+            raise ValueError("denoise is the predictor's mean: it needs a predictor")
+        if self.norm not in ("image", "batch", "expected"):
+            raise ValueError(f"norm must be 'image', 'batch' or 'expected', got {self.norm!r}")
+
+    @property
+    def order(self) -> int:
+        """Weak order 1 of a predictor alone; the corrector's bias does not fall with the step."""
+        unbiased = self.corrector_steps == 0 and self.noise_scale == 1 and not self.denoise
+        return int(unbiased and self.predictor != "ancestral_large")
+
+    def evaluations(self, num_steps: int) -> int:
+        corrections = (num_steps - self.denoise) * self.corrector_steps
+        return corrections + (num_steps if self.predictor else 0)
+
+    def _step(self, problem: Problem, i: int, x: Tensor, history: list[Tensor]) -> Tensor:
+        grid = problem.schedule
+        if self.predictor is None:
+            x = grid.m[i + 1] / grid.m[i] * x
+        else:
+            step = PREDICTORS[self.predictor](problem, i, x, problem.eps(x, grid.t[i]))
+            if self.denoise and i + 1 == problem.num_steps:
+                return step.mean
+            x = step.mean + self.noise_scale * step.std * problem.noise(x)
+        for _ in range(self.corrector_steps):
+            x = self._correct(problem, i, x)
+        return x
+
+    def _correct(self, problem: Problem, i: int, x: Tensor) -> Tensor:
+        grid = problem.schedule
+        sigma, a = grid.sigma[i + 1], grid.m[i] / grid.m[i + 1]
+        eps = problem.eps(x, grid.t[i + 1])
+        if self.norm == "expected":
+            # a step of 2 (a snr sigma)^2 along the score is a Langevin step of twice that size
+            return langevin_step(problem, x, eps, sigma, (2 * a * self.snr) ** 2)
+        noise = problem.noise(x)
+        ratio = _norm(noise) / _norm(eps)
+        if self.norm == "batch":
+            ratio = _norm(noise).mean() / _norm(eps).mean() * torch.ones_like(ratio)
+        half = 2 * (a * self.snr * sigma * ratio.reshape(-1, *(1,) * (x.ndim - 1))) ** 2
+        return x - half / sigma * eps + (2 * half).sqrt() * noise
+
+
+def _norm(x: Tensor) -> Tensor:
+    return x.flatten(1).norm(dim=1)
