@@ -30,8 +30,10 @@ demo: $(STAMP) ## train, evaluate and sample on handwritten digits: minutes on a
 	$(BIN)/python scripts/train_vae.py --config configs/digits/vae.yaml --out $(RUNS)/demo-vae
 	$(BIN)/python scripts/train_lsgm.py --config configs/digits/lsgm.yaml \
 		--vae $(RUNS)/demo-vae --out $(RUNS)/demo-lsgm
-	$(BIN)/python scripts/evaluate.py --run $(RUNS)/demo-vae $(RUNS)/demo-lsgm
-	$(BIN)/python scripts/sample.py --run $(RUNS)/demo-lsgm --out $(RUNS)/demo.png
+	$(BIN)/python scripts/evaluate.py --run $(RUNS)/demo-vae $(RUNS)/demo-lsgm --samples 10 \
+		--sampling.solver normal_reference --sampling.nfe 10 \
+		--pictures $(RUNS)/demo --json $(RUNS)/demo/report.json | tee $(RUNS)/demo.md
+	@echo "table: $(RUNS)/demo.md  pictures: $(RUNS)/demo/"
 
 lint: $(STAMP) ## check style without changing anything
 	$(BIN)/ruff check .

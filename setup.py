@@ -10,6 +10,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "lsgm/__init__.py").read_
 
 EXTRAS = {
     "metrics": ["torch-fidelity"],
+    "data": ["pillow", "scikit-learn", "scipy", "torchvision"],
     "demo": ["gradio"],
     "test": ["pytest"],
     "dev": ["pytest", "ruff", "mypy", "pre-commit"],

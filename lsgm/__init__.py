@@ -1,7 +1,24 @@
-"""Latent score-based generative models (arXiv 2106.05931)."""
+"""Latent score-based generative models (arXiv 2106.05931).
+
+``lsgm.load(RUN)`` opens a finished run folder anywhere.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+__all__ = ["__version__", "load"]
+
+if TYPE_CHECKING:
+    from lsgm.models import load
+
+
+def __getattr__(name: str) -> Any:
+    # Late, so that `import lsgm.sde` stays light.
+    if name == "load":
+        from lsgm.models import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -420,13 +420,14 @@ def _parse(
 
 
 def _first_paragraph(box: str) -> str:
-    """Return the first paragraph inside the box that tyro draws around an error."""
-    lines = []
+    """Return the first paragraph inside the box, of line-drawing or ASCII, that tyro prints."""
+    lines: list[str] = []
     for line in box.splitlines()[1:]:
-        text = line.strip("│ ").strip()
-        if not text or set(text) <= set("─╰╯"):
+        text = line.strip("│| ")
+        if set(text) - set("─-+╰╯"):
+            lines.append(text)
+        elif lines:
             break
-        lines.append(text)
     return " ".join(lines)
 
 

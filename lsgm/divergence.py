@@ -17,7 +17,13 @@ from torch import Tensor
 from lsgm.tensors import sum_except_batch
 from vae.random import Rng, rand, randn
 
-__all__ = ["DIVERGENCES", "Divergence", "ExactDivergence", "HutchinsonDivergence", "make_divergence"]
+__all__ = [
+    "DIVERGENCES",
+    "Divergence",
+    "ExactDivergence",
+    "HutchinsonDivergence",
+    "make_divergence",
+]
 
 Field = Callable[[Tensor], Tensor]
 
@@ -72,7 +78,9 @@ class HutchinsonDivergence(Divergence):
 
     def __post_init__(self) -> None:
         if self.distribution not in ("rademacher", "gaussian"):
-            raise ValueError(f"distribution must be 'rademacher' or 'gaussian', got {self.distribution!r}")
+            raise ValueError(
+                f"distribution must be 'rademacher' or 'gaussian', got {self.distribution!r}"
+            )
         if self.num_probes < 1:
             raise ValueError(f"num_probes must be at least 1, got {self.num_probes}")
 

@@ -81,7 +81,7 @@ class LinearSDE(ABC):
         return (1 - self.initial_var) * self.mean_coef(t).square() + self.var(t)
 
     def perturb(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Sample the kernel, ``m(t) x0 + sqrt(var(t)) eps``: ``x0, eps (B, *shape)``, ``t (B,)``."""
+        """Sample the kernel, ``m(t) x0 + sqrt(var(t)) eps``: ``x0, eps (B, *d)``, ``t (B,)``."""
         return expand_like(self.mean_coef(t), x0) * x0 + expand_like(self.var(t).sqrt(), x0) * eps
 
     def normal_component(self, x_t: Tensor, t: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Residual cells of the encoder and decoder towers (NVAE, arXiv 2007.03898, Fig. 3).
 
-``out = skip(x) + 0.1 * SE(branch(x))``; a cell keeps the resolution, halves it or doubles it, and only the first op of a branch
-changes size or width.
+``out = skip(x) + 0.1 * SE(branch(x))``; a cell keeps the resolution, halves it or doubles it, and
+only the first op of a branch changes size or width.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ RESIDUAL_SCALE = 0.1
 
 
 class SkipDown(nn.Module):
-    """Halve the resolution: swish, then a 1x1 convolution of each of the four pixels of a 2x2 block, side by side."""
+    """Halve the resolution: swish, then one 1x1 convolution for each pixel of a 2x2 block."""
 
     OFFSETS = ((0, 0), (1, 1), (0, 1), (1, 0))
 
@@ -54,15 +54,17 @@ class SkipDown(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.silu(x)
-        parts = [conv(x[:, :, i::2, j::2]) for conv, (i, j) in zip(self.convs, self.OFFSETS, strict=True)]
+        parts = [
+            conv(x[:, :, i::2, j::2]) for conv, (i, j) in zip(self.convs, self.OFFSETS, strict=True)
+        ]
         return torch.cat(parts, dim=1)
 
 
 class SkipUp(nn.Module):
     """Double the resolution bilinearly, with a 1x1 convolution.
 
-    The convolution comes first: it acts within pixels, the interpolation within channels, so they commute, and a quarter of the
-    pixels are left to convolve.
+    The convolution comes first: it acts within pixels, the interpolation within channels, so they
+    commute, and a quarter of the pixels are left to convolve.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -79,7 +81,9 @@ class NormConv(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, resample: Resample = "none") -> None:
         super().__init__()
         self.norm = BatchNormSwish(in_channels)
-        self.conv = WeightNormConv2d(in_channels, out_channels, 3, stride=2 if resample == "down" else 1)
+        self.conv = WeightNormConv2d(
+            in_channels, out_channels, 3, stride=2 if resample == "down" else 1
+        )
         self.up = resample == "up"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,7 +92,7 @@ class NormConv(nn.Module):
 
 
 class PlainNormConv(nn.Module):
-    """Two rounds of batch norm, swish and 3x3 convolution, the first convolution not weight-normalised."""
+    """Batch norm, swish and 3x3 convolution, twice; the first convolution has no weight norm."""
 
     def __init__(self, in_channels: int, out_channels: int, resample: Resample = "none") -> None:
         super().__init__()
@@ -106,13 +110,17 @@ class PlainNormConv(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Mobile inverted residual: widen by ``expansion``, convolve 5x5 depth-wise, project (arXiv 1801.04381).
+    """Mobile inverted residual: widen by ``expansion``, convolve 5x5 depth-wise, project (arXiv
+    1801.04381).
 
-    An up-sampling cell repeats pixels at the very start in the published order. What comes before the depth-wise convolution acts
-    within pixels, so the repetition is moved there, at a quarter of the cost; ``multiplicity`` keeps the running variances exact.
+    An up-sampling cell repeats pixels at the very start in the published order. What comes before
+    the depth-wise convolution acts within pixels, so the repetition is moved there, at a quarter of
+    the cost; ``multiplicity`` keeps the running variances exact.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, expansion: int, resample: Resample = "none") -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, expansion: int, resample: Resample = "none"
+    ) -> None:
         super().__init__()
         if resample == "down":
             raise ValueError("an inverted residual does not down-sample")
@@ -139,7 +147,8 @@ class ResidualCell(nn.Module):
     Args:
         in_channels: ``C_in`` of (B, C_in, H, W).
         out_channels: ``C_out``; must be even for a down-sampling cell.
-        kind: ``conv`` (two 3x3 convolutions), ``plain_conv`` (the first without weight norm) or ``mbconv3`` / ``mbconv6`` (inverted residual of that expansion).
+        kind: ``conv`` (two 3x3 convolutions), ``plain_conv`` (the first without weight norm) or
+            ``mbconv3`` / ``mbconv6`` (inverted residual of that expansion).
         resample: Whether the cell halves or doubles H and W.
         use_se: Gate the branch with squeeze-and-excitation.
         checkpointing: Recompute the cell in the backward pass instead of keeping its activations.
@@ -168,7 +177,9 @@ class ResidualCell(nn.Module):
         elif in_channels == out_channels:
             self.skip = nn.Identity()
         else:
-            raise ValueError(f"a cell without resampling keeps its width, got {in_channels} -> {out_channels}")
+            raise ValueError(
+                f"a cell without resampling keeps its width, got {in_channels} -> {out_channels}"
+            )
         self.branch: nn.Module
         if kind == "conv":
             self.branch = nn.Sequential(
@@ -197,5 +208,8 @@ class ResidualCell(nn.Module):
         if self.se is None:
             return torch.add(skip, branch, alpha=RESIDUAL_SCALE)
         gates = self.se(branch)
-        # One fused pass. The gates are float32, and so the residual stream of a gated tower stays float32 under autocast.
-        return torch.addcmul(skip.to(gates.dtype), branch.to(gates.dtype), gates, value=RESIDUAL_SCALE)
+        # One fused pass. The gates are float32, and so the residual stream of a gated tower stays
+        # float32 under autocast.
+        return torch.addcmul(
+            skip.to(gates.dtype), branch.to(gates.dtype), gates, value=RESIDUAL_SCALE
+        )

@@ -1,7 +1,7 @@
 """The top-down tower: latent groups, coarse to fine, to the logits of the image.
 
-The tower runs in two ways. With latents given it generates. With the encoder's features it infers: each group's posterior sees
-the tower's state, that is all latents of the groups before it.
+The tower runs in two ways. With latents given it generates. With the encoder's features it infers:
+each group's posterior sees the tower's state, that is all latents of the groups before it.
 """
 
 from __future__ import annotations
@@ -42,9 +42,11 @@ class GroupPosterior:
 
 
 class LatentCombiner(WeightNormConv2d):
-    """1x1 convolution of the tower's state and a latent side by side, (B, C, h, w) and (B, L, h, w).
+    """1x1 convolution of the tower's state and a latent side by side, (B, C, h, w) and (B, L, h,
+    w).
 
-    Computed as the sum of two convolutions, one per half of the kernel, without the concatenated copy.
+    Computed as the sum of two convolutions, one per half of the kernel, without the concatenated
+    copy.
     """
 
     def __init__(self, width: int, latent_channels: int) -> None:
@@ -52,7 +54,9 @@ class LatentCombiner(WeightNormConv2d):
         self.width = width
 
     def forward(self, state: Tensor, latent: Tensor) -> Tensor:  # type: ignore[override]
-        of_state, of_latent = self.kernel().split([self.width, self.weight.shape[1] - self.width], 1)
+        of_state, of_latent = self.kernel().split(
+            [self.width, self.weight.shape[1] - self.width], 1
+        )
         return F.conv2d(state, of_state, self.bias) + F.conv2d(latent, of_latent)
 
 
@@ -63,7 +67,8 @@ class LatentGroup(nn.Module):
         encoder_width: Channels of the encoder's tap.
         width: Channels of the tower's state.
         latent_channels: ``L``.
-        first: The first group sees only the encoder's feature, as the tower has nothing to tell yet.
+        first: The first group sees only the encoder's feature, as the tower has nothing to tell
+            yet.
         num_flows: Flow cells of the posterior.
         cells: Residual cells after the latent has been taken in.
         log_sigma_clamp: Range of the posterior's log sigma.
@@ -115,6 +120,10 @@ class DecoderScale(nn.Module):
         self.groups = nn.ModuleList(groups)
         self.up = up
 
+    def latent_groups(self) -> list[LatentGroup]:
+        """The groups of this scale, in order."""
+        return [group for group in self.groups if isinstance(group, LatentGroup)]
+
 
 class Decoder(nn.Module):
     """Learned constant, latent scales coarse to fine, post-processing blocks, image head.
@@ -124,7 +133,8 @@ class Decoder(nn.Module):
         encoder_widths: Those of the encoder.
         top_size: Height and width of the coarsest level.
         num_postprocess_blocks: Levels above the finest latent scale.
-        postprocess_cells: Cells per post-processing block, the first of which doubles the resolution.
+        postprocess_cells: Cells per post-processing block, the first of which doubles the
+            resolution.
         groups_per_scale: Latent groups at each scale, coarse to fine.
         cells_per_group: Residual cells after each latent.
         latent_channels: ``L``.
@@ -185,6 +195,10 @@ class Decoder(nn.Module):
             ]
         self.postprocess = nn.Sequential(*cells)
         self.head = WeightNormConv2d(widths[0], out_channels, 3)
+
+    def latent_scales(self) -> list[DecoderScale]:
+        """The scales, coarse to fine."""
+        return [scale for scale in self.scales if isinstance(scale, DecoderScale)]
 
     def initial_state(self, batch: int) -> Tensor:
         """The learned constant for ``batch`` images, (B, C, h, w)."""

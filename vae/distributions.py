@@ -103,7 +103,8 @@ class Normal(Distribution):
 
 
 def _check_range(x: Tensor) -> None:
-    # Looking at the values would make an accelerator wait at each step, so they are checked on the CPU only.
+    # Looking at the values would make an accelerator wait at each step, so they are checked on the
+    # CPU only.
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = x.min().item(), x.max().item()
         if low < -1 or high > 1:

@@ -40,9 +40,11 @@ class EncoderScale(nn.Module):
             nn.Sequential(*[make_cell(width, width, "none") for _ in range(cells_per_group)])
             for _ in range(groups)
         )
-        down = next_width is not None
-        self.down = make_cell(width, next_width, "down") if down else None
-        self.pyramid = NormConv(width, next_width, "down") if down and pyramid else None
+        self.down: ResidualCell | None = None
+        self.pyramid: NormConv | None = None
+        if next_width is not None:
+            self.down = make_cell(width, next_width, "down")
+            self.pyramid = NormConv(width, next_width, "down") if pyramid else None
 
     def forward(self, x: Tensor, pyramid: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         """From feature and pyramid feature: the taps, and both features for the next scale."""

@@ -1,10 +1,14 @@
-"""Volume-preserving autoregressive flows of the posterior (inverse autoregressive flow, arXiv 1606.04934).
+"""Volume-preserving autoregressive flows of the posterior (inverse autoregressive flow, arXiv
+1606.04934).
 
-A cell maps ``z -> z - m(z)`` where ``m`` at one position sees only positions before it in raster order (and, at the same pixel, only
-earlier channels): the Jacobian is unit triangular, so densities do not change.
+A cell maps ``z -> z - m(z)`` where ``m`` at one position sees only positions before it in raster
+order (and, at the same pixel, only earlier channels): the Jacobian is unit triangular, so densities
+do not change.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -30,22 +34,28 @@ def causal_mask(
 
     Args:
         in_channels: ``C_in``.
-        out_channels: ``C_out``; one of the two must divide the other. Channels fall into ``min(C_in, C_out)`` blocks.
+        out_channels: ``C_out``; one of the two must divide the other. Channels fall into
+            ``min(C_in, C_out)`` blocks.
         kernel_size: Odd ``k``.
         groups: 1, or ``C_in`` for a depth-wise convolution.
         strict: Whether the centre tap sees only earlier channel blocks (else: up to its own).
         mirrored: Flip the mask in space (the order of the channels stays).
 
     Raises:
-        ValueError: If neither channel number divides the other, or ``groups`` is neither 1 nor the channel number.
+        ValueError: If neither channel number divides the other, or ``groups`` is neither 1 nor the
+            channel number.
     """
     if groups == 1:
         if max(in_channels, out_channels) % min(in_channels, out_channels):
-            raise ValueError(f"{in_channels} and {out_channels} channels do not fall into equal blocks")
+            raise ValueError(
+                f"{in_channels} and {out_channels} channels do not fall into equal blocks"
+            )
         blocks = min(in_channels, out_channels)
         block_in = torch.arange(in_channels) // (in_channels // blocks)
         block_out = torch.arange(out_channels) // (out_channels // blocks)
-        centre = block_in[None] < block_out[:, None] if strict else block_in[None] <= block_out[:, None]
+        centre = (
+            block_in[None] < block_out[:, None] if strict else block_in[None] <= block_out[:, None]
+        )
     elif groups == in_channels == out_channels:
         centre = torch.full((out_channels, 1), not strict)
     else:
@@ -58,22 +68,37 @@ def causal_mask(
     return mask.flip(2, 3) if mirrored else mask
 
 
+def _masked_conv(
+    in_channels: int,
+    out_channels: int,
+    size: int,
+    mirrored: bool,
+    *,
+    groups: int = 1,
+    strict: bool = False,
+    bias: bool = False,
+) -> WeightNormConv2d:
+    mask = causal_mask(
+        in_channels, out_channels, size, groups=groups, strict=strict, mirrored=mirrored
+    )
+    return WeightNormConv2d(in_channels, out_channels, size, groups=groups, bias=bias, mask=mask)
+
+
 class MaskedShift(nn.Module):
-    """``z -> z - m(z)`` for (B, L, H, W), with ``m`` strictly autoregressive: 3x3, depth-wise 5x5 and 1x1 masked convolutions."""
+    """``z -> z - m(z)`` for (B, L, H, W), with ``m`` strictly autoregressive.
+
+    ``m`` consists of masked convolutions: 3x3, depth-wise 5x5, 1x1.
+    """
 
     def __init__(self, channels: int, mirrored: bool) -> None:
         super().__init__()
         hidden = HIDDEN_PER_CHANNEL * channels
 
-        def conv(c_in: int, c_out: int, size: int, groups: int = 1, strict: bool = False, bias: bool = False) -> nn.Module:
-            mask = causal_mask(c_in, c_out, size, groups=groups, strict=strict, mirrored=mirrored)
-            return WeightNormConv2d(c_in, c_out, size, groups=groups, bias=bias, mask=mask)
-
-        self.conv_in = conv(channels, hidden, 3, strict=True)
-        self.depthwise = conv(hidden, hidden, 5, groups=hidden)
-        self.conv_out = conv(hidden, channels, 1, bias=True)
-        with torch.no_grad():
-            self.conv_out.log_weight_norm += torch.log(torch.tensor(0.1))
+        self.conv_in = _masked_conv(channels, hidden, 3, mirrored, strict=True)
+        self.depthwise = _masked_conv(hidden, hidden, 5, mirrored, groups=hidden)
+        self.conv_out = _masked_conv(hidden, channels, 1, mirrored, bias=True)
+        with torch.no_grad():  # start near the identity
+            self.conv_out.log_weight_norm.add_(math.log(0.1))
 
     def shift(self, z: Tensor) -> Tensor:
         """``m(z)``, the shape of ``z``."""
@@ -85,7 +110,11 @@ class MaskedShift(nn.Module):
 
     @torch.no_grad()
     def inverse(self, y: Tensor) -> Tensor:
-        """Solve ``z - m(z) = y`` by fixed-point iteration, exact after as many rounds as ``y`` has positions, mostly far sooner."""
+        """Solve ``z - m(z) = y`` by fixed-point iteration.
+
+        Each round settles at least one more position, so it is exact after as many rounds as an
+        image of ``y`` has positions, and mostly far sooner.
+        """
         z = y
         for _ in range(y[0].numel()):
             previous, z = z, y + self.shift(z)
@@ -95,7 +124,7 @@ class MaskedShift(nn.Module):
 
 
 class FlowCell(nn.Module):
-    """A pair of shifts, the first causal in raster order, the second in reverse raster order; log-determinant zero."""
+    """A shift causal in raster order, then one in reverse raster order; log-determinant zero."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -184,7 +184,7 @@ class HierarchicalVAE(nn.Module):
 
     @property
     def top_shape(self) -> tuple[int, int, int]:
-        """Shape (G * L, h, w) of all latents of the coarsest scale, on which a learned prior acts."""
+        """Shape (G * L, h, w) of the coarsest scale's latents, on which a learned prior acts."""
         channels, height, width = self.latent_shapes[0]
         return self.num_groups_per_scale * channels, height, width
 
@@ -215,7 +215,7 @@ class HierarchicalVAE(nn.Module):
     def encode(
         self, x: Tensor, rng: Rng = None, noise: Sequence[Tensor] | None = None
     ) -> Posterior:
-        """Draw the latents of ``x`` (B, C, R, R) in [-1, 1]; arguments as for :meth:`forward`."""
+        """Draw the latents of ``x`` (B, C, R, R) in [-1, 1]; arguments as in :meth:`forward`."""
         return self._infer(self.encoder(x), rng, noise, latents_only=True)[0]
 
     def decode(self, eps: Sequence[Tensor]) -> Distribution:
@@ -228,8 +228,8 @@ class HierarchicalVAE(nn.Module):
             raise ValueError(f"decode needs {self.num_groups} groups of latents, got {len(eps)}")
         remaining = iter(eps)
         state = self.decoder.initial_state(eps[0].shape[0])
-        for scale in self.decoder.scales:
-            for group in scale.groups:
+        for scale in self.decoder.latent_scales():
+            for group in scale.latent_groups():
                 state = group.generate(state, next(remaining))
             if scale.up is not None:
                 state = scale.up(state)
@@ -284,8 +284,8 @@ class HierarchicalVAE(nn.Module):
         batch, device = taps[0].shape[0], taps[0].device
         state = self.decoder.initial_state(batch)
         draws: list[GroupPosterior] = []
-        for scale in self.decoder.scales:
-            for group in scale.groups:
+        for scale in self.decoder.latent_scales():
+            for group in scale.latent_groups():
                 k = len(draws)
                 shape = (batch, *self.latent_shapes[k])
                 given = randn(shape, rng, device=device) if noise is None else noise[k]

@@ -44,7 +44,7 @@ def standard_normal_log_prob(eps: Tensor) -> Tensor:
 
 
 def kl_per_group(posterior: Posterior) -> Tensor:
-    """One-sample estimate ``log q - log p`` of each group's KL to N(0, I): (B, N), may be negative."""
+    """One-sample estimate of each group's KL to N(0, I), ``log q - log p``: (B, N), may be negative."""
     return _group_sums(posterior.log_q) - _group_sums(
         [standard_normal_log_prob(eps) for eps in posterior.eps]
     )
@@ -60,7 +60,7 @@ def kl_per_channel(posterior: Posterior) -> Tensor:
 
 
 def active_channels(kl_channels: Tensor, threshold: float = 0.1) -> Tensor:
-    """Which latent channels carry information: mean KL above ``threshold`` nats. Any shape, bool."""
+    """Whether a latent channel carries information: mean KL above ``threshold`` nats. Any shape."""
     return kl_channels > threshold
 
 
@@ -173,7 +173,7 @@ class ELBO:
 
 
 def elbo(vae: HierarchicalVAE, output: VAEOutput, x: Tensor) -> ELBO:
-    """Terms of the bound for ``x`` (B, C, R, R), from ``output = vae(x)``, under the prior N(0, I)."""
+    """Terms of the bound under the prior N(0, I) for ``x`` (B, C, R, R), with ``output = vae(x)``."""
     posterior = output.posterior
     log_q = _group_sums(posterior.log_q)
     log_p = _group_sums([standard_normal_log_prob(eps) for eps in posterior.eps])
@@ -238,7 +238,7 @@ def bits_per_dim(nats: Tensor | float, dimensions: int) -> Tensor | float:
 
 
 def regularization_coefficient(final: float, initial: float, kl_weight: float) -> float:
-    """Geometric interpolation from ``initial`` to ``final`` as the KL coefficient goes from 0 to 1."""
+    """Interpolate geometrically from ``initial`` to ``final`` as the KL weight goes from 0 to 1."""
     return math.exp((1 - kl_weight) * math.log(initial) + kl_weight * math.log(final))
 
 

@@ -1,8 +1,9 @@
 """Random numbers with an explicit generator, reproducible over any number of processes.
 
-All noise of the package is drawn through :func:`randn` and :func:`rand`. With a :class:`ShardedGenerator` every process draws
-the noise of the *global* batch and keeps its own rows, so that N processes holding B/N images each see exactly the noise of one
-process holding B images.
+All noise of the package is drawn through :func:`randn` and :func:`rand`. With a
+:class:`ShardedGenerator` every process draws the noise of the *global* batch and keeps its own
+rows, so that N processes holding B/N images each see exactly the noise of one process holding B
+images.
 """
 
 from __future__ import annotations
@@ -78,5 +79,6 @@ def _draw(
         return noise[rng.rank * rows : (rng.rank + 1) * rows].to(device)
     if rng is None:
         return draw(tuple(shape), device=device, dtype=dtype)
-    # The generator's device decides where the numbers are made, so that one seed means the same noise on every device.
+    # The generator's device decides where the numbers are made, so that one seed means the same
+    # noise on every device.
     return draw(tuple(shape), generator=rng, device=rng.device, dtype=dtype).to(device)

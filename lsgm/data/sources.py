@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -176,19 +175,10 @@ def load_chardata(path: Path) -> dict[str, np.ndarray]:
             [0, 1].
     """
     from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
 
     try:
         arrays = loadmat(path)
-    except (
-        MatReadError,
-        OSError,
-        ValueError,
-        TypeError,
-        NotImplementedError,
-        EOFError,
-        zlib.error,
-    ) as error:
+    except Exception as error:  # on damaged files the reader raises whatever it stumbles over
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"{path}: not a readable MATLAB file ({reason}); the right one is {OMNIGLOT_URL}"
@@ -238,7 +228,10 @@ def _alphabets(arrays: dict[str, np.ndarray], name: str, data: np.ndarray) -> Te
 
 def _download_chardata(path: Path) -> None:
     download_file(OMNIGLOT_URL, path)
-    load_chardata(path)  # before the file takes its place
+    try:
+        load_chardata(path)
+    except UserError as error:  # fetch_into says where the file was to go
+        raise OSError(f"what {OMNIGLOT_URL} sent is not the OMNIGLOT file") from error
 
 
 def _quietly(source: type, *args: str, **options: bool) -> None:

@@ -29,7 +29,7 @@ HALF_SQRT = math.sqrt(0.5)
 
 
 def scaled_uniform_(weight: Tensor, scale: float = 1.0) -> Tensor:
-    """Fill ``(out, in, *kernel)`` with ``U(-a, a)`` of variance ``2 scale / (fan_in + fan_out)``."""
+    """Fill ``(out, in, *kernel)`` uniformly, with variance ``2 scale / (fan_in + fan_out)``."""
     area = math.prod(weight.shape[2:])
     bound = math.sqrt(6 * scale / (area * (weight.shape[0] + weight.shape[1])))
     return nn.init.uniform_(weight, -bound, bound)

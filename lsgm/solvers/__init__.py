@@ -79,7 +79,9 @@ def make_solver(name: str, **options: Any) -> Solver:
     if name not in SOLVERS:
         raise ValueError(f"unknown solver {name!r}: choose from {', '.join(SOLVERS)}")
     factory = SOLVERS[name]
-    known = [field.name for field in fields(factory.func if isinstance(factory, partial) else factory)]
+    known = [
+        field.name for field in fields(factory.func if isinstance(factory, partial) else factory)
+    ]
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(
             f"solver {name!r} has no option {', '.join(unknown)}: choose from {', '.join(known)}"

@@ -215,9 +215,13 @@ class Solver(ABC):
         """
         first = self.evaluations(1)
         if first is None:
-            raise ValueError(f"{type(self).__name__} is adaptive: set its tolerances instead of the NFE")
+            raise ValueError(
+                f"{type(self).__name__} is adaptive: set its tolerances instead of the NFE"
+            )
         if nfe < first:
-            raise ValueError(f"{type(self).__name__} needs at least {first} network calls, got {nfe}")
+            raise ValueError(
+                f"{type(self).__name__} needs at least {first} network calls, got {nfe}"
+            )
         steps = 1
         while (cost := self.evaluations(steps + 1)) is not None and cost <= nfe:
             steps += 1
@@ -279,7 +283,9 @@ def _checked(times: Tensor, decreasing: bool) -> Tensor:
     """The times as a float64 vector on the CPU, where all coefficients are computed."""
     times = torch.as_tensor(times).detach().to("cpu", torch.float64)
     if times.ndim != 1 or len(times) < 2:
-        raise ValueError(f"times must be a vector of at least two times, got shape {tuple(times.shape)}")
+        raise ValueError(
+            f"times must be a vector of at least two times, got shape {tuple(times.shape)}"
+        )
     steps = times.diff()
     if not ((steps < 0).all() or (not decreasing and (steps > 0).all())):
         raise ValueError(f"times must be strictly decreasing, got {times.tolist()}")

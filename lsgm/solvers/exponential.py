@@ -81,7 +81,9 @@ class _DataPredictionSolver(MultistepSolver):
     def _evaluate(self, problem: Problem, x: Tensor, j: int) -> Tensor:
         return data_prediction(problem, x, j)
 
-    def _advance(self, problem: Problem, i: int, x: Tensor, first: int, values: Sequence[Tensor]) -> Tensor:
+    def _advance(
+        self, problem: Problem, i: int, x: Tensor, first: int, values: Sequence[Tensor]
+    ) -> Tensor:
         grid = problem.schedule
         lam, here = grid.log_snr, values[i - first]
         h = lam[i + 1] - lam[i]

@@ -110,7 +110,9 @@ def _uniform_in(function: Callable[[Tensor], Tensor], n: int, t_end: float) -> T
     _check(n, t_end)
     first, last = function(torch.tensor([1.0, t_end], dtype=torch.float64)).tolist()
     if last in (float("inf"), -float("inf")):
-        raise ValueError(f"this grid needs noise at its end: var({t_end}) is zero, choose a larger t_end")
+        raise ValueError(
+            f"this grid needs noise at its end: var({t_end}) is zero, choose a larger t_end"
+        )
     values = torch.linspace(first, last, n + 1, dtype=torch.float64)
     return _with_exact_ends(invert(function, values, t_end, 1.0), t_end)
 
@@ -118,7 +120,9 @@ def _uniform_in(function: Callable[[Tensor], Tensor], n: int, t_end: float) -> T
 def _with_exact_ends(times: Tensor, t_end: float) -> Tensor:
     times[0], times[-1] = 1.0, t_end
     if not (times.diff() < 0).all():
-        raise ValueError(f"{len(times) - 1} steps to t = {t_end} are too many to tell apart on this grid")
+        raise ValueError(
+            f"{len(times) - 1} steps to t = {t_end} are too many to tell apart on this grid"
+        )
     return times
 
 

@@ -62,5 +62,7 @@ class AnnealedLangevin(Solver):
             problem.report(i + 1, total, t, x)
             states = [*states, x] if self.keep_trajectory else [x]
         if self.denoise:
-            states[-1] = problem.project(x - grid.sigma[-1] * problem.eps(x, grid.t[-1]), grid.t[-1])
+            states[-1] = problem.project(
+                x - grid.sigma[-1] * problem.eps(x, grid.t[-1]), grid.t[-1]
+            )
         return states

@@ -49,7 +49,9 @@ class MultistepSolver(StepSolver):
         """What is extrapolated, at state ``x`` and the j-th time; one network call."""
 
     @abstractmethod
-    def _advance(self, problem: Problem, i: int, x: Tensor, first: int, values: Sequence[Tensor]) -> Tensor:
+    def _advance(
+        self, problem: Problem, i: int, x: Tensor, first: int, values: Sequence[Tensor]
+    ) -> Tensor:
         """The state at ``times[i + 1]`` from ``x`` at ``times[i]`` with the polynomial through ``values``.
 
         The values were evaluated at ``times[first], times[first + 1], ...``, which include ``times[i]``.

@@ -124,7 +124,9 @@ class NormalReference(MultistepSolver):
             raise ValueError(f"order must lie in [{lowest}, 4], got {self.order}")
         if self.variable not in EXTRAPOLATION_VARIABLES:
             known = ", ".join(EXTRAPOLATION_VARIABLES)
-            raise ValueError(f"unknown extrapolation variable {self.variable!r}: choose from {known}")
+            raise ValueError(
+                f"unknown extrapolation variable {self.variable!r}: choose from {known}"
+            )
         # Plain numbers keep the solver hashable, and the model's parameter out of it.
         alpha = torch.as_tensor(self.alpha).detach().to("cpu", torch.float64)
         if not ((alpha >= 0) & (alpha <= 1)).all():
@@ -136,7 +138,9 @@ class NormalReference(MultistepSolver):
     def corrects(self) -> bool:
         return self.corrector
 
-    def _advance(self, problem: Problem, i: int, x: Tensor, first: int, values: Sequence[Tensor]) -> Tensor:
+    def _advance(
+        self, problem: Problem, i: int, x: Tensor, first: int, values: Sequence[Tensor]
+    ) -> Tensor:
         t = problem.schedule.t
         nodes = t[first : first + len(values)]
         weights = step_weights(problem.sde, t[i], t[i + 1], nodes, self._alphas(x), self.variable)

@@ -54,7 +54,11 @@ class _FixedStepODE(StepSolver):
         known = {grid.sigma_hat[j]: grid.t[j] for j in (i, i + 1)}
 
         def eps(y: Tensor, level: float) -> Tensor:
-            t = known[level] if level in known else times_of_noise_levels(problem.sde, [level]).item()
+            t = (
+                known[level]
+                if level in known
+                else times_of_noise_levels(problem.sde, [level]).item()
+            )
             m = problem.sde.mean_coef(torch.tensor(t, dtype=torch.float64)).item()
             return problem.eps(m * y, t)
 

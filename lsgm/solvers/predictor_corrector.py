@@ -97,7 +97,9 @@ class PredictorCorrector(StepSolver):
 
     def __post_init__(self) -> None:
         if self.predictor is not None and self.predictor not in PREDICTORS:
-            raise ValueError(f"unknown predictor {self.predictor!r}: choose from {', '.join(PREDICTORS)}")
+            raise ValueError(
+                f"unknown predictor {self.predictor!r}: choose from {', '.join(PREDICTORS)}"
+            )
         if self.corrector_steps < 0 or (self.predictor is None and self.corrector_steps == 0):
             raise ValueError("need a predictor or a positive number of corrector steps")
         if self.predictor is None and self.denoise:

@@ -18,23 +18,20 @@ __all__ = ["EDMChurn", "SDEDPMSolverPP"]
 
 @dataclass(frozen=True, kw_only=True)
 class SDEDPMSolverPP(StepSolver):
-    """SDE-DPM-Solver++ (arXiv 2211.01095 appendix, "Sampling with SDE-DPM-Solver++").
-
-    The reverse SDE with the data prediction linear in ``lambda``. The noise of a step is exact; the dependence of the prediction on
-    the noise within the step is neglected, so that the weak order is one at either ``multistep`` (two lowers its constant).
+    """SDE-DPM-Solver++ (arXiv 2211.01095 appendix): the reverse SDE with the data prediction linear in ``lambda``.
 
     Arguments:
-        multistep: 2 is "2M", 1 uses the newest evaluation alone (the ancestral sampler).
+        order: 2 is "2M"; 1 uses the newest evaluation alone (the ancestral sampler). Weak order, which for "2M" holds for problems
+            with a linear score (there it is measured); otherwise the prediction's dependence on the noise within a step is neglected.
     """
 
-    order: ClassVar[int] = 1
     stochastic: ClassVar[bool] = True
     default_grid: ClassVar[str] = "log_snr"
-    multistep: int = 2
+    order: int = 2
 
     def __post_init__(self) -> None:
-        if self.multistep not in (1, 2):
-            raise ValueError(f"multistep must be 1 or 2, got {self.multistep}")
+        if self.order not in (1, 2):
+            raise ValueError(f"SDE-DPM-Solver++ has orders 1 and 2, got {self.order}")
 
     def evaluations(self, num_steps: int) -> int:
         return num_steps
@@ -43,7 +40,7 @@ class SDEDPMSolverPP(StepSolver):
         grid = problem.schedule
         lam = grid.log_snr
         history.append(data_prediction(problem, x, i))
-        del history[: -self.multistep]
+        del history[: -self.order]
         h = lam[i + 1] - lam[i]
         data = history[-1]
         if len(history) == 2:

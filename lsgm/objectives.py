@@ -1,0 +1,325 @@
+"""Objectives of the latent prior: one scalar whose gradient is right for each side (2106.05931,
+Sec. 3.2 and Alg. 1-3).
+
+With ``z_t = m(t) z_0 + sigma(t) eps`` every objective of the paper is an expectation of a weighted
+squared error
+
+    E_{t, eps} [ w(t) / density(t) * || eps_hat(z_t, t) - eps ||^2 ].
+
+Two of them are needed at each step: the *prior's* (weighting ``w_p``), which trains the parameters
+of ``eps_hat``, and the *VAE's* cross-entropy (always the likelihood weighting ``w_q = g^2 / (2
+sigma^2)``), which trains the encoder through ``z_0``. They are not the same function, so a plain
+sum would send the wrong gradient to each side. The functions here return a scalar for which one
+ordinary ``backward()`` is exactly right for both:
+
+* where the VAE's weights are one number per image, both objectives scale the same residual, and the
+gradient that leaves the
+  prior's input is rescaled by ``w_q / w_p`` (:func:`scale_gradient`): no extra network evaluation;
+* otherwise the VAE's gradient with respect to ``z_0`` is computed first and injected
+(:func:`inject_gradient`).
+
+A mixed-Normal prior is nearly N(0, I), and the cross-entropy to N(0, I) is known in closed form.
+Its one-sample estimate from the same noise and time is therefore an excellent control variate
+(:class:`NormalReference`): what is left to estimate is the difference that the network makes, of
+the order of the mixing coefficient. It leaves every expectation as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lsgm.score import EpsFn
+from lsgm.sde import LinearSDE
+from lsgm.tensors import expand_like, sum_except_batch
+from lsgm.times import TimeProposal, TimeSample
+from lsgm.weighting import Weighting
+from vae.random import Rng, randn
+
+__all__ = [
+    "CrossEntropy",
+    "NormalReference",
+    "PriorLosses",
+    "denoising_score_matching",
+    "endpoint_cross_entropy",
+    "inject_gradient",
+    "latent_cross_entropy",
+    "prior_losses",
+    "scale_gradient",
+]
+
+Balance = float | Callable[[Tensor], Tensor]
+"""Factor on the cross-entropy as the VAE sees it; a callable maps weighted errors ``(B, C, H, W)``
+to factors that broadcast.
+"""
+
+INTERNAL_SCALE = 1024.0
+"""Factor on the cotangent of the inner backward pass, so that fp16 activations' gradients do not
+underflow.
+"""
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        return grad * factor.to(grad.dtype), None
+
+
+def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
+    """Return ``x`` unchanged; its gradient is multiplied by ``factor`` (broadcastable to ``x``)."""
+    return _ScaleGradient.apply(x, factor)
+
+
+def inject_gradient(x: Tensor, gradient: Tensor) -> Tensor:
+    """Return a scalar zero whose gradient with respect to ``x`` is ``gradient`` (same shape as
+    ``x``).
+    """
+    inner = (x * gradient.detach()).sum()
+    return inner - inner.detach()
+
+
+def denoising_score_matching(
+    sde: LinearSDE, eps_fn: EpsFn, x0: Tensor, t: Tensor, eps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Squared error of the noise prediction, per element.
+
+    ``x0``, ``eps``: ``(B, *shape)``; ``t``: ``(B,)``. Returns ``(x_t, error)``, both ``(B,
+    *shape)``; 2011.13456, eq. 7.
+    """
+    x_t = sde.perturb(x0, t, eps)
+    return x_t, (eps_fn(x_t, t).float() - eps).square()
+
+
+def endpoint_cross_entropy(sde: LinearSDE, x0: Tensor) -> Tensor:
+    """The two ends of the variational bound that the integral over ``[time_eps, 1]`` leaves out, in
+    nats; ``(B,)``.
+
+    * ``-log p(x_0 | x_eps)`` in expectation over ``x_eps``, with the decoder ``N(m x_eps / (m^2 +
+    v), v / (m^2 + v))``, which is
+      the exact posterior for data from N(0, I). With unit second moment of ``x_0`` and ``m^2 + v =
+      1`` this is the constant ``(1 + ln(2 pi v)) / 2`` per element that the paper uses (eq. 8); in
+      general only this form gives a bound.
+    * ``KL( q(x_1 | x_0) || p(x_1) )``, which the paper takes as zero.
+    """
+    ends = torch.tensor([sde.t_min, 1.0], dtype=torch.float64, device=x0.device)
+    mean, var = sde.mean_coef(ends), sde.var(ends)
+    size = x0[0].numel()
+    second_moment = sum_except_batch(x0.double().square())
+    gain = mean[0] / (mean[0].square() + var[0])
+    decoder_var = var[0] / (mean[0].square() + var[0])
+    # E || x_0 - gain x_eps ||^2 over x_eps ~ N(m x_0, v)
+    squared = (1 - gain * mean[0]).square() * second_moment + gain.square() * var[0] * size
+    decoder = 0.5 * (size * torch.log(2 * math.pi * decoder_var) + squared / decoder_var)
+    ratio = var[1] / sde.prior_var
+    prior = 0.5 * (
+        mean[1].square() * second_moment / sde.prior_var + size * (ratio - 1 - torch.log(ratio))
+    )
+    return decoder + prior
+
+
+@dataclass(frozen=True)
+class NormalReference:
+    """The likelihood-weighted error of the Normal component, and its exact expectation.
+
+    With ``N(z_t, t) = c(t) z_t`` the expectation over noise and time of ``w_q / density * (N -
+    eps)^2`` is ``slope z_0^2 + offset`` an element, where ``slope = int w_q c^2 m^2 dt`` and
+    ``offset = int w_q (c sigma - 1)^2 dt`` over ``[t_min, 1]``.
+    """
+
+    sde: LinearSDE
+    slope: float
+    offset: float
+
+    @classmethod
+    def of(cls, sde: LinearSDE, likelihood: Weighting, nodes: int = 4000) -> NormalReference:
+        """Integrate by Gauss-Legendre quadrature in the logarithm of the variance, where the
+        integrand is smooth.
+        """
+        low, high = (
+            math.log(sde.var(torch.tensor(t, dtype=torch.float64)).item()) for t in (sde.t_min, 1.0)
+        )
+        x, w = np.polynomial.legendre.leggauss(nodes)
+        points = torch.from_numpy(low + (high - low) * (x + 1) / 2)
+        t = sde.inverse_var(points.exp()).clamp(sde.t_min, 1.0)
+        log_var = sde.var(t).log()
+        # d t / d ln v = v / v', and v' = 2 f v + g^2 for every linear SDE (2011.13456, eq. 5.53)
+        rate = 2 * sde.f(t) + sde.g2(t) / log_var.exp()
+        weight = torch.from_numpy(w) * (high - low) / 2 / rate * likelihood(sde, t)
+        sigma = sde.var(t).sqrt()
+        c = sde.normal_component(torch.ones_like(t), t)
+        slope = (weight * (c * sde.mean_coef(t)).square()).sum().item()
+        return cls(sde, slope, (weight * (c * sigma - 1).square()).sum().item())
+
+    def expected(self, x0: Tensor) -> Tensor:
+        """Expectation an element, ``(B, *shape)``."""
+        return self.slope * x0.square() + self.offset
+
+    def error(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """The squared error of the Normal component for one draw, ``(B, *shape)``, not weighted."""
+        x_t = self.sde.perturb(x0, t, eps)
+        return (self.sde.normal_component(x_t, t) - eps).square()
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """One-sample estimate of ``CE(q(z_0) || p(z_0))``.
+
+    ``elements``: ``(B, *shape)`` nats, the weighted squared error plus the constant per element
+    (eq. 8 of 2106.05931); ``bound``: ``(B,)`` nats, the same integral with
+    :func:`endpoint_cross_entropy` in place of the constant.
+    """
+
+    elements: Tensor
+    bound: Tensor
+
+
+def latent_cross_entropy(
+    sde: LinearSDE,
+    eps_fn: EpsFn,
+    z0: Tensor,
+    times: TimeSample,
+    likelihood: Weighting,
+    rng: Rng = None,
+    *,
+    reference: NormalReference | None = None,
+) -> CrossEntropy:
+    """Unbiased estimate of the cross-entropy of ``z0`` ``(B, *shape)`` under the diffusion prior,
+    without gradient tricks.
+
+    ``reference``: the control variate, for a prior close to N(0, I).
+    """
+    eps = randn(z0.shape, rng, device=z0.device)
+    t = times.t.to(z0)
+    _, error = denoising_score_matching(sde, eps_fn, z0, t, eps)
+    weight = expand_like((likelihood(sde, times.t) * times.inverse_density).to(error), error)
+    if reference is None:
+        weighted = weight * error
+    else:
+        weighted = weight * (error - reference.error(z0, t, eps)) + reference.expected(z0)
+    constant = sde.cross_entropy_constant()
+    return CrossEntropy(
+        elements=weighted + constant,
+        bound=sum_except_batch(weighted).double() + endpoint_cross_entropy(sde, z0),
+    )
+
+
+@dataclass(frozen=True)
+class PriorLosses:
+    """What the prior contributes to one training step.
+
+    ``surrogate``: scalar; its gradient with respect to the prior's parameters is that of ``prior``,
+    and with respect to ``z_0`` that of ``mean_b sum_e balance * cross_entropy`` (zero when ``z_0``
+    carries no graph). Its value means nothing. ``prior``: scalar, mean over images of the prior's
+    objective (detached). ``cross_entropy``: ``(B, *shape)`` nats per element with the likelihood
+    weighting (detached).
+    """
+
+    surrogate: Tensor
+    prior: Tensor
+    cross_entropy: Tensor
+
+
+def _latent_gradient(
+    sde: LinearSDE,
+    eps_fn: EpsFn,
+    z0: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    cotangent: Callable[[Tensor], Tensor],
+    *,
+    keep_graph: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``(zero with the gradient of mean_b sum factor * error with respect to z0, error)``, with
+    ``factor = cotangent(error)``.
+
+    ``error`` ``(B, *shape)`` is attached to the network's parameters (when ``keep_graph``) and
+    never to ``z0``.
+    """
+    leaf = z0.detach().requires_grad_()
+    _, error = denoising_score_matching(sde, eps_fn, leaf, t, eps)
+    scaled = INTERNAL_SCALE * (cotangent(error.detach()) * error).sum() / len(z0)
+    (gradient,) = torch.autograd.grad(scaled, leaf, retain_graph=keep_graph)
+    return inject_gradient(z0, gradient / INTERNAL_SCALE), error
+
+
+def prior_losses(
+    sde: LinearSDE,
+    eps_fn: EpsFn,
+    z0: Tensor,
+    *,
+    weighting_p: Weighting,
+    proposal_p: TimeProposal,
+    likelihood: Weighting,
+    proposal_q: TimeProposal | None = None,
+    balance: Balance = 1.0,
+    eps_fn_q: EpsFn | None = None,
+    reference: NormalReference | None = None,
+    stratified: bool = False,
+    rng: Rng = None,
+) -> PriorLosses:
+    """Prior objective and cross-entropy of ``z0`` ``(B, C, H, W)``, with the right gradient to each
+    side.
+
+    ``weighting_p`` and ``proposal_p``: the prior's objective. ``proposal_q``: a proposal of its own
+    for the VAE's cross-entropy (Alg. 2 of 2106.05931 and the two-draw form of Alg. 1), or ``None``
+    to share the draw of the prior's (Alg. 3). ``balance``: factor on the cross-entropy as the VAE
+    sees it: a number (the KL coefficient), or a callable that maps the weighted errors ``(B, C, H,
+    W)`` to factors that broadcast to them. ``eps_fn_q``: another network for the VAE's term (the
+    EMA of the prior). ``reference``: control variate for the cross-entropy and its gradient; the
+    prior's objective does not change. ``rng`` draws the noise and then the times, in that order.
+    """
+    trains_encoder = z0.requires_grad
+    shared = proposal_q is None and eps_fn_q is None
+    n = len(z0)
+    constant = sde.cross_entropy_constant()
+
+    def draw(proposal: TimeProposal) -> tuple[Tensor, TimeSample]:
+        eps = randn(z0.shape, rng, device=z0.device)
+        return eps, proposal.sample(n, rng, stratified=stratified, device=z0.device)
+
+    def weight(weighting: Weighting, times: TimeSample) -> Tensor:
+        return expand_like((weighting(sde, times.t) * times.inverse_density).to(z0), z0)
+
+    eps, times = draw(proposal_p if shared else proposal_q or proposal_p)
+    t = times.t.to(z0)
+    weight_q = weight(likelihood, times)
+    network_q = eps_fn_q or eps_fn
+    control = z0.new_zeros(())
+    if reference is not None:
+        control = reference.expected(z0) - weight_q * reference.error(z0, t, eps)
+
+    def factor(error: Tensor) -> Tensor | float:
+        return balance(weight_q * error + control.detach()) if callable(balance) else balance
+
+    injected = z0.new_zeros(())
+    if trains_encoder and (callable(balance) or not shared):
+        injected, error = _latent_gradient(
+            sde, network_q, z0, t, eps, lambda error: weight_q * factor(error), keep_graph=shared
+        )
+    elif trains_encoder:
+        source = scale_gradient(z0, balance * weight_q / weight(weighting_p, times))
+        _, error = denoising_score_matching(sde, eps_fn, source, t, eps)
+    else:
+        with torch.set_grad_enabled(shared and torch.is_grad_enabled()):
+            _, error = denoising_score_matching(sde, network_q, z0, t, eps)
+    if trains_encoder and reference is not None:
+        share = (factor(error.detach()) * control).sum() / n
+        injected = injected + share - share.detach()
+    cross_entropy = (weight_q * error + control).detach() + constant
+    if not shared:
+        eps, times = draw(proposal_p)
+        _, error = denoising_score_matching(sde, eps_fn, z0.detach(), times.t.to(z0), eps)
+    prior = (weight(weighting_p, times) * error).sum() / n
+    return PriorLosses(prior + injected, prior.detach(), cross_entropy)

@@ -1,0 +1,127 @@
+"""Several processes under ``torchrun``: NCCL on CUDA devices, gloo elsewhere.
+
+One process alone needs no process group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lsgm.errors import UserError
+from lsgm.training.precision import choose_device
+
+__all__ = ["World", "all_max", "all_mean", "distributed", "on_main", "wrap"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the run.
+
+    Args:
+        device: Where this process computes.
+        rank: Index of this process, in [0, size).
+        size: Number of processes.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def distributed(device: str = "auto") -> Iterator[World]:
+    """Join the processes that ``torchrun`` started, if it did, and leave them at the end.
+
+    Raises:
+        UserError: If the device is not available.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    place = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if size == 1:
+        yield World(place)
+        return
+    if place.type == "cuda":
+        dist.init_process_group("nccl", device_id=place)
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield World(place, dist.get_rank(), size)
+    finally:
+        # The reducers have to be gone before the group they use.
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def wrap(stage: nn.Module, world: World, *, find_unused_parameters: bool = False) -> nn.Module:
+    """Return a module whose backward pass averages gradients over the processes (one: `stage`)."""
+    if world.size == 1:
+        return stage
+    return DistributedDataParallel(
+        stage,
+        device_ids=None if world.device.type == "cpu" else [world.device],
+        broadcast_buffers=False,  # batch norm synchronises its statistics itself
+        gradient_as_bucket_view=True,
+        find_unused_parameters=find_unused_parameters,
+    )
+
+
+def all_mean(x: Tensor, world: World) -> Tensor:
+    """Mean of `x` over the processes."""
+    if world.size > 1:
+        x = x.clone()
+        dist.all_reduce(x, op=dist.ReduceOp.SUM)
+        x /= world.size
+    return x
+
+
+def all_max(x: Tensor, world: World) -> Tensor:
+    """Elementwise maximum of `x` over the processes."""
+    if world.size > 1:
+        x = x.clone()
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
+
+
+def on_main(world: World, action: Callable[[], T]) -> T:
+    """Run `action` on the main process alone and give its (picklable) result to all.
+
+    Raises:
+        UserError: On every process, if the action raised one.
+    """
+    if world.size == 1:
+        return action()
+    box: list[object] = [None, None, None]
+    failure: BaseException | None = None
+    if world.is_main:
+        try:
+            box[0] = action()
+        except Exception as error:
+            failure = error
+            box[1], box[2] = isinstance(error, UserError), str(error)
+    dist.broadcast_object_list(box, src=0)
+    if failure is not None:
+        raise failure
+    if box[1] is not None:
+        raise (
+            UserError(str(box[2])) if box[1] else RuntimeError(f"the main process failed: {box[2]}")
+        )
+    return box[0]  # type: ignore[return-value]

@@ -1,0 +1,396 @@
+"""The training loop: steps, and between them logs, checkpoints and evaluations.
+
+A resumed run continues as if it had never stopped: a step depends on the state and its number only
+(see :mod:`lsgm.training.step`), and so does the order of the images.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lsgm.config import OptimConfig, TrainConfig
+from lsgm.errors import UserError
+from lsgm.files import RunFolder
+from lsgm.training.checkpoint import Checkpoints
+from lsgm.training.distributed import World, on_main, wrap
+from lsgm.training.interrupt import StopSignal, TrainingInterrupted, resume_command
+from lsgm.training.logging import MeanMetrics, RunLogger
+from lsgm.training.precision import choose_device, make_scaler
+from lsgm.training.state import Stage, TrainState
+from lsgm.training.step import Step, StepResult
+
+__all__ = ["MAX_RETURNS", "PATIENCE", "BatchSource", "EvalContext", "FitResult", "fit"]
+
+PATIENCE = 10
+"""Skipped steps in a row after which the run returns to its last checkpoint."""
+
+MAX_RETURNS = 5
+"""Returns after which the run gives up."""
+
+
+class BatchSource(Protocol):
+    """This process's part of every global batch, as a function of (epoch, step)."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of global batches in an epoch."""
+        ...
+
+    def epoch(self, epoch: int, start: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield (step in the epoch, images (b, C, R, R) float32 in [0, 1]) from `start` on."""
+        ...
+
+
+@dataclass(frozen=True)
+class EvalContext:
+    """What an evaluation gets. It runs on every process, without gradients.
+
+    Args:
+        stage: The live stage, in evaluation mode.
+        models: For each side the averaged module if there is one, else the live one; in evaluation
+            mode.
+        step: Optimizer steps done.
+        epoch: Epochs done.
+        total_steps: Optimizer steps of the run.
+        run: The run's folder.
+        world: The processes and this one's device.
+        log_image: ``log_image(name, image (C, H, W) in [0, 1])`` shows an image in TensorBoard.
+    """
+
+    stage: Stage
+    models: Mapping[str, nn.Module]
+    step: int
+    epoch: int
+    total_steps: int
+    run: RunFolder
+    world: World
+    log_image: Callable[[str, Tensor], None]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """The end of a run.
+
+    Args:
+        state: The trained stage and what trained it.
+        train_seconds: Time spent in training over all sessions, in seconds, without evaluations and
+            checkpoints.
+        metrics: Result of the last evaluation of this session.
+    """
+
+    state: TrainState
+    train_seconds: float
+    metrics: Mapping[str, float]
+
+
+Evaluate = Callable[[EvalContext], Mapping[str, float]]
+
+
+def fit(
+    stage: Stage,
+    batches: BatchSource,
+    config: TrainConfig,
+    optims: Mapping[str, OptimConfig],
+    run: RunFolder,
+    *,
+    evaluate: Evaluate | None = None,
+    resume: bool = False,
+    world: World | None = None,
+    release: Callable[[TrainState], None] | None = None,
+) -> FitResult:
+    """Train a stage to the end.
+
+    Args:
+        stage: The stage; it is moved to the device.
+        batches: The training images.
+        config: Length, batch, precision, what is written when.
+        optims: Optimizer of each side, by the names of ``stage.trainables()``.
+        run: Folder that exists.
+        evaluate: Called on every process every ``eval_every`` epochs and at the end; returns
+            numbers that are the same on every process.
+        resume: Continue from the folder's last good checkpoint, if it has one.
+        world: The processes, from :func:`lsgm.training.distributed.distributed`; by default this
+            one alone.
+        release: Called on the main process after the last checkpoint.
+
+    Raises:
+        TrainingInterrupted: After Ctrl-C or SIGTERM, with a checkpoint saved.
+        UserError: If the batch does not divide, a checkpoint does not fit, or training keeps
+            producing NaN.
+        OSError: If a file cannot be written.
+    """
+    world = World(choose_device(config.device)) if world is None else world
+    trainer = _Trainer(stage, batches, config, optims, run, world, evaluate)
+    try:
+        with StopSignal() as stop:
+            trainer.begin(resume)
+            trainer.train(stop)
+        if release is not None and world.is_main:
+            release(trainer.state)
+    finally:
+        trainer.close()
+    seconds = trainer.state.counters.train_seconds
+    return FitResult(trainer.state, seconds, trainer.last_evaluation)
+
+
+class _Trainer:
+    def __init__(
+        self,
+        stage: Stage,
+        batches: BatchSource,
+        config: TrainConfig,
+        optims: Mapping[str, OptimConfig],
+        run: RunFolder,
+        world: World,
+        evaluate: Evaluate | None,
+    ) -> None:
+        if config.batch_size % (world.size * config.accumulate):
+            raise UserError(
+                f"train.batch_size: {config.batch_size} is not a multiple of {world.size} "
+                f"process(es) x train.accumulate {config.accumulate}"
+            )
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        total = config.epochs * batches.steps_per_epoch
+        self.total_steps = total if config.max_steps is None else min(total, config.max_steps)
+        self.batches = batches
+        self.config = config
+        self.run = run
+        self.world = world
+        self.evaluate = evaluate
+        layout = torch.channels_last if config.channels_last else torch.preserve_format
+        self.stage = stage.to(world.device, memory_format=layout).train()
+        self.state = TrainState(
+            stage,
+            optims,
+            make_scaler(world.device, config.precision),
+            total_steps=self.total_steps,
+            steps_per_epoch=batches.steps_per_epoch,
+        )
+        stage.use_average({name: ema.module for name, ema in self.state.ema_models().items()})
+        if config.compile:
+            stage.compile()
+        if world.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # batches have one shape
+        unused = stage.find_unused_parameters
+        self.step: Step | None = Step(
+            self.state, wrap(stage, world, find_unused_parameters=unused), config, world
+        )
+        self.checkpoints = Checkpoints(run.checkpoints, config.keep_checkpoints)
+        self.logger = RunLogger(run, self.total_steps, enabled=world.is_main)
+        self.means = MeanMetrics(world.device)
+        self.rates: Mapping[str, float] = {}
+        self.skipped_in_a_row = 0
+        self.save_due = False
+        self.last_evaluation: Mapping[str, float] = {}
+        self.clock: float | None = None
+        self.steps_since_log = 0
+        self.seconds_since_log = 0.0
+
+    # Beginning and end
+
+    def begin(self, resume: bool) -> None:
+        """Start at step 0 or at the last good checkpoint."""
+        if resume and self.load():
+            self.logger.say(f"resumed at step {self.state.step} of {self.total_steps}")
+            return
+        self.logger.open(0)
+        if resume:
+            self.logger.say("no checkpoint yet: starting from the beginning")
+        self.save()  # so that there is always one to return to
+
+    def close(self) -> None:
+        """Let go of files and of the gradient reducers."""
+        self.logger.close()
+        self.step = None
+
+    # The loop
+
+    def train(self, stop: StopSignal) -> None:
+        """Run to the last step."""
+        self.evaluate_if_due()
+        self.start_clock()
+        while self.state.step < self.total_steps:
+            for images in self.rest_of_epoch():
+                assert self.step is not None
+                result = self.step(images, stop)
+                self.record(result)
+                if self.skipped_in_a_row >= PATIENCE:
+                    self.return_to_checkpoint()
+                    break
+                step, last = self.state.step, self.state.step == self.total_steps
+                if step % self.config.log_every == 0 or last:
+                    self.log()
+                self.save_due |= step % self.config.checkpoint_every == 0
+                # Not amid bad steps: the checkpoint is what a return would go back to.
+                if last or result.stop or (self.save_due and result.applied):
+                    self.save()
+                if result.stop and not last:
+                    message = f"stopped at step {step}; continue with: {resume_command()}"
+                    self.logger.say(message)
+                    raise TrainingInterrupted(message, stop.number or signal.SIGINT)
+                self.evaluate_if_due()
+
+    def rest_of_epoch(self) -> Iterator[Tensor]:
+        """This process's batches from the present step to the end of the epoch or the run."""
+        epoch, start = divmod(self.state.step, self.batches.steps_per_epoch)
+        left = self.total_steps - self.state.step
+        for done, (_, images) in enumerate(self.batches.epoch(epoch, start), start=1):
+            yield images
+            if done == left:
+                return
+
+    def record(self, result: StepResult) -> None:
+        """Count a step and take in its metrics."""
+        self.rates = result.rates
+        self.steps_since_log += 1
+        self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + 1
+        if result.applied:
+            for metrics in result.metrics:
+                self.means.add(metrics)
+        self.logger.advance()
+
+    # Checkpoints
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        self.read_clock()
+        state = self.state.state_dict()
+        state["means"] = self.means.state_dict(self.world)
+        state["since_log"] = [self.steps_since_log, self.seconds_since_log]
+        state["metrics_length"] = self.logger.length
+        if self.world.is_main:
+            self.checkpoints.save(self.state.step, state)
+        self.save_due = False
+        self.start_clock()
+
+    def load(self) -> bool:
+        """Go to the last good checkpoint, log included; False if there is none."""
+        found: list[tuple[int, dict[str, Any]]] = []
+
+        def find() -> int | None:
+            latest = self.checkpoints.latest(self.logger.say)
+            if latest is not None:
+                found.append(latest)
+            return None if latest is None else latest[0]
+
+        step = on_main(self.world, find)
+        if step is None:
+            return False
+        state = found[0][1] if found else self.checkpoints.load(step)
+        self.state.load_state_dict(state, str(self.checkpoints.path(step)))
+        self.means.load_state_dict(state["means"])
+        self.steps_since_log, self.seconds_since_log = state["since_log"]
+        self.logger.open(self.state.step, state["metrics_length"])
+        return True
+
+    def return_to_checkpoint(self) -> None:
+        """Go back to the last checkpoint, with half the learning rates and other noise.
+
+        Raises:
+            UserError: After several returns.
+        """
+        counters = self.state.counters
+        failed_at, returns = counters.step, counters.returns + 1
+        multiplier, seconds = counters.lr_multiplier / 2, counters.train_seconds
+        reason = f"{PATIENCE} steps in a row gave NaN or infinity (the last was step {failed_at})"
+        if returns > MAX_RETURNS:
+            raise UserError(
+                f"{reason}, after {MAX_RETURNS} returns to a checkpoint: training diverges; try a "
+                "lower learning rate, clip_norm, a longer warm-up, or train.precision float32"
+            )
+        if not self.load():
+            raise UserError(f"{reason}, and {self.run.checkpoints} holds no checkpoint any more")
+        counters = self.state.counters
+        counters.returns, counters.lr_multiplier = returns, multiplier
+        counters.train_seconds, counters.skipped = seconds, counters.skipped + PATIENCE
+        self.skipped_in_a_row = 0
+        self.logger.say(
+            f"{reason}: back to step {counters.step}, learning rates x {multiplier:g} "
+            f"(return {returns} of {MAX_RETURNS})"
+        )
+        values = {"failed_at": failed_at, "returns": returns, "lr_multiplier": multiplier}
+        self.logger.write("return", counters.step, values)
+        self.save()  # so that a resumed run knows of the return
+
+    # Log and evaluation
+
+    def log(self) -> None:
+        """Write the means since the last line."""
+        self.read_clock()
+        counters = self.state.counters
+        epoch = counters.step / self.batches.steps_per_epoch
+        means = self.means.mean(self.world)
+        seconds_per_step = self.seconds_since_log / max(1, self.steps_since_log)
+        speed = self.config.batch_size / seconds_per_step if seconds_per_step > 0 else 0.0
+        values = {
+            "epoch": epoch,
+            "train_seconds": counters.train_seconds,
+            "images_per_second": speed,
+            "skipped": counters.skipped,
+            **{f"lr/{name}": rate for name, rate in self.rates.items()},
+            **means,
+        }
+        if self.state.scaler.is_enabled():
+            values["loss_scale"] = self.state.scaler.get_scale()
+        self.logger.write("train", counters.step, values)
+        shown = {"loss": means.get("loss", float("nan")), "images/s": speed}
+        self.logger.progress(counters.step, int(epoch), shown, seconds_per_step)
+        self.means.reset()
+        self.steps_since_log, self.seconds_since_log = 0, 0.0
+
+    def evaluate_if_due(self) -> None:
+        """Evaluate the averaged models (live ones where there is no average) if it is time."""
+        step, spacing = self.state.step, self.config.eval_every * self.batches.steps_per_epoch
+        due = step > 0 and (step % spacing == 0 or step == self.total_steps)
+        if self.evaluate is None or not due or self.state.counters.evaluated >= step:
+            return
+        self.read_clock()
+        models = self.state.evaluation_models()
+        self.stage.eval()
+        for model in models.values():
+            model.eval()
+        context = EvalContext(
+            stage=self.stage,
+            models=models,
+            step=step,
+            epoch=step // self.batches.steps_per_epoch,
+            total_steps=self.total_steps,
+            run=self.run,
+            world=self.world,
+            log_image=lambda name, image: self.logger.image(name, image, step),
+        )
+        with torch.no_grad():
+            results = dict(self.evaluate(context))
+        self.stage.train()
+        self.state.counters.evaluated = step
+        self.last_evaluation = results
+        seconds = self.state.counters.train_seconds
+        self.logger.write(
+            "eval", step, {"epoch": context.epoch, "train_seconds": seconds, **results}
+        )
+        shown = "  ".join(f"{name} {value:.5g}" for name, value in results.items())
+        self.logger.say(f"evaluation at step {step}: {shown}")
+        self.start_clock()
+
+    # Time
+
+    def start_clock(self) -> None:
+        """Count training time from now on."""
+        self.clock = time.perf_counter()
+
+    def read_clock(self) -> None:
+        """Add the time since the clock was last started or read to the training time."""
+        if self.clock is None:
+            return
+        now = time.perf_counter()
+        self.state.counters.train_seconds += now - self.clock
+        self.seconds_since_log += now - self.clock
+        self.clock = now

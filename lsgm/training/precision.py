@@ -1,0 +1,72 @@
+"""Devices, autocast and the gradient scaler."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+from torch.amp import GradScaler
+
+from lsgm.errors import UserError
+
+__all__ = ["AUTOCAST_DTYPES", "autocast", "choose_device", "make_scaler"]
+
+AUTOCAST_DTYPES: dict[str, torch.dtype | None] = {
+    "float32": None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+_INITIAL_SCALE = 2.0**10
+
+
+def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """Return the device called `name`; "auto" is an accelerator if there is one, else the CPU.
+
+    An accelerator without an index gets the index `local_rank`, so that each process has its own.
+
+    Raises:
+        UserError: If there is no such device.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        device = torch.device("cpu") if accelerator is None else torch.device(accelerator.type)
+    else:
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            raise UserError(
+                f"train.device: no device {name!r}; try auto, cpu, cuda, cuda:1, mps"
+            ) from None
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if accelerator is None or accelerator.type != device.type:
+        here = "none" if accelerator is None else accelerator.type
+        raise UserError(
+            f"train.device: {name} is not available here (accelerator: {here}); use cpu or auto"
+        )
+    index = local_rank if device.index is None else device.index
+    if index >= torch.accelerator.device_count():
+        raise UserError(
+            f"train.device: {device.type}:{index} is not available, this machine has "
+            f"{torch.accelerator.device_count()} {device.type} device(s)"
+        )
+    return torch.device(device.type, index)
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Context in which networks compute in `precision` ("float32", "bf16" or "fp16").
+
+    Raises:
+        ValueError: If there is no such precision.
+    """
+    if precision not in AUTOCAST_DTYPES:
+        raise ValueError(f"no precision {precision!r}; there are {', '.join(AUTOCAST_DTYPES)}")
+    dtype = AUTOCAST_DTYPES[precision]
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def make_scaler(device: torch.device, precision: str) -> GradScaler:
+    """Loss scaler: active in fp16, where small gradients would vanish, and a no-op otherwise."""
+    return GradScaler(device.type, init_scale=_INITIAL_SCALE, enabled=precision == "fp16")

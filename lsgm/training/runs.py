@@ -1,0 +1,268 @@
+"""Whole training runs: from a configuration to a run folder that :func:`lsgm.load` opens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lsgm.config import DataConfig, LSGMTrainConfig, PriorConfig, TrainConfig, VAETrainConfig
+from lsgm.configio import save_config
+from lsgm.data import Batches, Datasets, build_datasets, preprocess
+from lsgm.errors import UserError
+from lsgm.evaluation.figures import (
+    image_grid,
+    learning_curves,
+    read_metrics,
+    reconstruction_grid,
+    save_grid,
+)
+from lsgm.evaluation.nll import evaluation_batches, nelbo
+from lsgm.files import RunFolder
+from lsgm.models import LSGM, VAEModel, build_prior, build_vae, load, save
+from lsgm.options import SolverOptions
+from lsgm.sampling import draw_samples
+from lsgm.sde import largest_squared_distance
+from lsgm.training.distributed import World, distributed, on_main
+from lsgm.training.loop import EvalContext, fit
+from lsgm.training.stages import LSGMStage, VAEStage
+from lsgm.training.state import Stage, TrainState
+from vae.objective import active_channels, kl_per_channel
+
+__all__ = ["train_lsgm", "train_vae"]
+
+MONITOR = SolverOptions(solver="heun", nfe=40, batch_size=64, t_end=1e-3)
+"""How sample grids are drawn during training."""
+
+MAX_SCAN_BATCHES = 1001
+"""Training batches that the search for inactive latent channels reads at most."""
+
+
+def train_vae(config: VAETrainConfig, out: str | None = None, *, resume: bool = False) -> Path:
+    """Train the first stage into the folder ``out`` (default ``runs/NAME``) and return it.
+
+    Raises:
+        UserError: The configuration does not fit the data, or the folder holds another run.
+    """
+    with distributed(config.train.device) as world:
+        run, datasets = _open(config, config.data, out, resume, world)
+        torch.manual_seed(config.train.seed)
+        model = VAEModel(build_vae(config.vae, datasets.spec), datasets.spec, config.vae)
+        stage = VAEStage(model, config.objective)
+        _fit(
+            stage,
+            model,
+            datasets,
+            config.data,
+            config.train,
+            {"vae": config.optim_vae},
+            run,
+            resume,
+            world,
+        )
+    return run.path
+
+
+def train_lsgm(config: LSGMTrainConfig, out: str | None = None, *, resume: bool = False) -> Path:
+    """Train the second stage over the VAE of ``config.vae_run`` into ``out`` (default
+    ``runs/NAME``) and return the folder.
+
+    Raises:
+        UserError: There is no finished VAE run, it does not fit the data, or the folder holds
+            another run.
+    """
+    if config.vae_run is None or config.data is None:
+        raise UserError("--vae: give the folder of a finished VAE run, for example --vae runs/vae")
+    with distributed(config.train.device) as world:
+        first = load(config.vae_run)
+        run, datasets = _open(config, config.data, out, resume, world)
+        if isinstance(first, LSGM) or not _same_images(first, datasets):
+            raise UserError(
+                f"--vae: {config.vae_run} is not a VAE of {datasets.spec.name} images of this size"
+            )
+        torch.manual_seed(config.train.seed)
+        prior = _fit_sde(config.prior, first, datasets, config.train.batch_size)
+        score = build_prior(prior, first.vae)
+        model = LSGM(first.vae, score, datasets.spec, first.vae_config, prior)
+        if prior.drop_inactive:
+            score.deactivate(_inactive_channels(model, datasets, config.train.batch_size))
+        stage = LSGMStage(model, config.objective, prior)
+        optims = {"prior": config.optim_prior}
+        if stage.trains_vae:
+            optims["vae"] = config.optim_vae
+        _fit(stage, model, datasets, config.data, config.train, optims, run, resume, world)
+    return run.path
+
+
+def _same_images(model: VAEModel, datasets: Datasets) -> bool:
+    a, b = model.spec, datasets.spec
+    return (a.channels, a.image_size, a.padding, a.binary) == (
+        b.channels,
+        b.image_size,
+        b.padding,
+        b.binary,
+    )
+
+
+def _open(
+    config: VAETrainConfig | LSGMTrainConfig,
+    data: DataConfig,
+    out: str | None,
+    resume: bool,
+    world: World,
+) -> tuple[RunFolder, Datasets]:
+    """The run's folder, holding its configuration, and the data."""
+    built: list[Datasets] = []
+    on_main(
+        world, lambda: built.append(build_datasets(data))
+    )  # it downloads what is missing before the others look
+    datasets = built[0] if built else build_datasets(data)
+    path = Path(out or Path("runs") / config.name)
+
+    def prepare() -> None:
+        run = RunFolder.resume(path) if resume else RunFolder.create(path)
+        if not run.config.exists():
+            save_config(config, run.config)
+
+    on_main(world, prepare)
+    return RunFolder(path), datasets
+
+
+def _fit(
+    stage: Stage,
+    model: VAEModel,
+    datasets: Datasets,
+    data: DataConfig,
+    train: TrainConfig,
+    optims: Mapping[str, Any],
+    run: RunFolder,
+    resume: bool,
+    world: World,
+) -> None:
+    try:
+        batches = Batches(
+            datasets.train,
+            train.batch_size,
+            train=True,
+            seed=train.seed,
+            rank=world.rank,
+            world_size=world.size,
+        )
+    except ValueError as error:
+        raise UserError(f"train.batch_size: {error}") from None
+
+    def evaluate(context: EvalContext) -> Mapping[str, float]:
+        averaged = with_weights(model, context.models)
+        return on_main(world, lambda: _evaluate(averaged, datasets, data, train, context))
+
+    def release(state: TrainState) -> None:
+        save(with_weights(model, state.evaluation_models()), run.path, data, {"steps": state.step})
+
+    fit(
+        stage,
+        batches,
+        train,
+        optims,
+        run,
+        evaluate=evaluate,
+        resume=resume,
+        world=world,
+        release=release,
+    )
+
+
+def with_weights(model: VAEModel, sides: Mapping[str, torch.nn.Module]) -> VAEModel:
+    """The model with other weights (their running average) for the sides that have been trained."""
+    vae = sides.get("vae", model.vae)
+    if isinstance(model, LSGM):
+        averaged: VAEModel = LSGM(
+            vae, sides["prior"], model.spec, model.vae_config, model.prior_config
+        )
+    else:
+        averaged = VAEModel(vae, model.spec, model.vae_config)
+    return averaged.eval()
+
+
+def _evaluate(
+    model: VAEModel, datasets: Datasets, data: DataConfig, train: TrainConfig, context: EvalContext
+) -> dict[str, float]:
+    """NELBO on test images; writes sample and reconstruction grids and the learning curve."""
+    batches: Callable[..., Any] = evaluation_batches
+    settings = {
+        "num_bits": model.vae_config.num_x_bits,
+        "binarisation_seed": data.eval_binarisation_seed,
+        "device": context.world.device,
+    }
+    report = nelbo(
+        model,
+        batches(datasets.test, model.spec, limit=train.eval_images, **settings),
+        seed=train.seed,
+    )
+    samples = draw_samples(model, MONITOR.batch_size, MONITOR).images
+    x = next(batches(datasets.test, model.spec, batch_size=32, **settings))
+    reconstructed = model.reconstruct(x, torch.Generator().manual_seed(train.seed)).cpu()
+    grids = {
+        "samples": image_grid(samples),
+        "reconstructions": reconstruction_grid(model.to_images(x), reconstructed),
+    }
+    for name, grid in grids.items():
+        context.log_image(name, grid)
+        save_grid(grid, context.run.samples / f"{name}_{context.step:08d}.png")
+    learning_curves(
+        {context.run.path.name: read_metrics(context.run.metrics)}, context.run.path / "curves.png"
+    )
+    assert report.reconstruction is not None and report.kl is not None
+    return {
+        "nelbo": report.nats.mean,
+        "nelbo_standard_error": report.nats.standard_error,
+        "reconstruction": report.reconstruction.mean,
+        "kl": report.kl.mean,
+    }
+
+
+@torch.no_grad()
+def _inactive_channels(model: LSGM, datasets: Datasets, batch_size: int) -> torch.Tensor:
+    """Channels of the coarsest scale whose KL to N(0, 1), averaged over training images, is at most
+    0.1 nats; ``(C,)`` bool.
+    """
+    model.eval()
+    rng = torch.Generator().manual_seed(0)
+    batches = Batches(datasets.train, batch_size, train=True)
+    total = torch.zeros(model.vae.top_shape[0], dtype=torch.float64)
+    count = 0
+    for _, images in batches.epoch():
+        posterior = model.vae.encode(
+            preprocess(images, model.spec, model.vae_config.num_x_bits, rng), rng=rng
+        )
+        total += kl_per_channel(posterior)[: model.vae.num_groups_per_scale].flatten().double()
+        count += 1
+        if count == MAX_SCAN_BATCHES:
+            break
+    return ~active_channels(total / count)
+
+
+@torch.no_grad()
+def _fit_sde(
+    prior: PriorConfig, model: VAEModel, datasets: Datasets, batch_size: int
+) -> PriorConfig:
+    """For the VESDE, set ``sigma2_max`` to the largest squared distance between encodings
+    (2011.13456, App. C); else no change.
+    """
+    if prior.sde.kind != "vesde":
+        return prior
+    rng = torch.Generator().manual_seed(0)
+    batches = Batches(datasets.train, batch_size, train=True)
+    latents = (
+        model.vae.concat_top(
+            model.vae.encode(
+                preprocess(images, model.spec, model.vae_config.num_x_bits, rng), rng=rng
+            ).eps
+        )
+        for _, images in batches.epoch()
+    )
+    return replace(
+        prior, sde=replace(prior.sde, sigma2_max=float(largest_squared_distance(latents)))
+    )

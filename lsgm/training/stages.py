@@ -1,0 +1,238 @@
+"""The two stages of LSGM as modules whose forward pass is the training loss.
+
+The loop calls one ``backward()`` on one loss: a stage arranges that each of its trained modules
+receives the gradient of its own objective (:mod:`lsgm.objectives`), so data-parallel wrappers, loss
+scaling and gradient accumulation need to know nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lsgm.config import ObjectiveConfig, PriorConfig
+from lsgm.data.preprocess import preprocess
+from lsgm.models import LSGM, VAEModel
+from lsgm.objectives import NormalReference, PriorLosses, prior_losses
+from lsgm.score import EpsFn
+from lsgm.tensors import sum_except_batch
+from lsgm.times import make_proposal
+from lsgm.training.state import Stage, StepContext, StepOutput
+from lsgm.weighting import make_weighting
+from vae.objective import kl_balance_weights, kl_coefficient, kl_per_group
+from vae.regularization import SpectralNormRegularizer, norm_regularizer
+
+__all__ = ["LSGMStage", "VAEStage"]
+
+
+class VAEStage(Stage):
+    """First stage: the hierarchical VAE under N(0, I) (negative ELBO with annealed and balanced KL;
+    2007.03898, Sec. 3.2).
+    """
+
+    def __init__(self, model: VAEModel, objective: ObjectiveConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        self.regularizer = (
+            SpectralNormRegularizer(model.vae) if objective.spectral_regularization else None
+        )
+
+    def trainables(self) -> dict[str, nn.Module]:
+        return {"vae": self.model.vae}
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"spectral": self.regularizer.state_dict()} if self.regularizer else {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        if self.regularizer:
+            self.regularizer.load_state_dict(state["spectral"])
+
+    def kl_coefficient(self, context: StepContext) -> float:
+        o = self.objective
+        return kl_coefficient(
+            context.step,
+            context.total_steps,
+            anneal_portion=o.kl_anneal_portion,
+            const_portion=o.kl_const_portion,
+            minimum=o.kl_const_coeff,
+            maximum=o.kl_max_coeff,
+        )
+
+    def forward(self, images: Tensor, context: StepContext) -> StepOutput:
+        """``images`` ``(B, C, R, R)`` in [0, 1]; the loss is nats an image and regularisers."""
+        model = self.model
+        x = preprocess(images, model.spec, model.vae_config.num_x_bits, context.rng, train=True)
+        output = model.vae(x, rng=context.rng)
+        reconstruction = model.vae.reconstruction(output, x)
+        kl = kl_per_group(output.posterior)
+        coefficient = self.kl_coefficient(context)
+        weights = kl_balance_weights(
+            kl,
+            model.vae.groups_per_scale,
+            coefficient if self.objective.kl_balance else 1.0,
+            sync=True,
+        )
+        charged = _charge(kl, self.objective.free_bits)
+        loss = (reconstruction + coefficient * (weights * charged).sum(1)).mean()
+        metrics = {
+            "nelbo": (reconstruction + kl.sum(1)).mean(),
+            "reconstruction": reconstruction.mean(),
+            "kl": kl.sum(1).mean(),
+            "kl_coefficient": torch.tensor(coefficient),
+            **{f"kl_group/{k}": value for k, value in enumerate(kl.mean(0))},
+        }
+        if self.regularizer:
+            penalty = self.regularizer() + norm_regularizer(model.vae)
+            loss = loss + self.objective.spectral_regularization * penalty
+            metrics["regularizer"] = penalty
+        return StepOutput(loss=loss, metrics={k: v.detach() for k, v in metrics.items()})
+
+
+def _charge(kl: Tensor, free_bits: float) -> Tensor:
+    """KL ``(B, N)`` as the loss counts it: a group whose batch mean is below ``free_bits`` nats
+    costs nothing.
+    """
+    if free_bits <= 0:
+        return kl
+    return torch.where(kl.detach().mean(0, keepdim=True) > free_bits, kl, kl.detach())
+
+
+class LSGMStage(Stage):
+    """Second stage: the score-based prior, end-to-end with the VAE or over a frozen one
+    (2106.05931, Alg. 1-3).
+
+    ``training`` of the config: ``joint`` shares one draw of noise and time unless ``proposal_q``
+    names one; ``disjoint`` draws separately for each side; ``frozen`` trains the prior alone, with
+    the VAE in evaluation mode.
+    """
+
+    def __init__(self, model: LSGM, objective: ObjectiveConfig, prior: PriorConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        self.training_kind = prior.training
+        self.stratified = prior.stratified_times
+        self.likelihood = make_weighting("likelihood")
+        self.weighting_p = make_weighting(prior.weighting_p)
+        self.proposal_p = make_proposal(prior.proposal_p, model.sde, self.weighting_p)
+        name_q = prior.proposal_q
+        if name_q == "same" and prior.training == "disjoint":
+            name_q = "importance"
+        self.proposal_q = (
+            None if name_q == "same" else make_proposal(name_q, model.sde, self.likelihood)
+        )
+        self.reference = (
+            NormalReference.of(model.sde, self.likelihood) if prior.control_variate else None
+        )
+        self.update_q_ema = prior.update_q_ema
+        self._average_prior: tuple[
+            EpsFn, ...
+        ] = ()  # a tuple: not a submodule, its weights are the loop's
+        regularize = objective.spectral_regularization > 0 and self.trains_vae
+        self.regularizer = SpectralNormRegularizer(model.vae) if regularize else None
+        if not self.trains_vae:
+            model.vae.requires_grad_(False)
+
+    kl_coefficient = VAEStage.kl_coefficient
+    extra_state = VAEStage.extra_state
+    load_extra_state = VAEStage.load_extra_state
+
+    @property
+    def trains_vae(self) -> bool:
+        return self.training_kind != "frozen"
+
+    def trainables(self) -> dict[str, nn.Module]:
+        prior = {"prior": self.model.score}
+        return {"vae": self.model.vae, **prior} if self.trains_vae else prior
+
+    def train(self, mode: bool = True) -> LSGMStage:
+        super().train(mode)
+        if not self.trains_vae:
+            self.model.vae.eval()
+        return self
+
+    def use_average(self, averages: Mapping[str, nn.Module]) -> None:
+        """Take the running average of the prior for the VAE's term, if the config asks for it."""
+        if self.update_q_ema:
+            self._average_prior = (averages["prior"].eval().requires_grad_(False),)
+
+    def forward(self, images: Tensor, context: StepContext) -> StepOutput:
+        """``images`` ``(B, C, R, R)`` in [0, 1]; the value of the loss means nothing (see
+        :mod:`lsgm.objectives`).
+        """
+        model, vae = self.model, self.model.vae
+        x = preprocess(images, model.spec, model.vae_config.num_x_bits, context.rng, train=True)
+        with torch.set_grad_enabled(self.trains_vae and torch.is_grad_enabled()):
+            output = vae(x, rng=context.rng)
+            reconstruction = vae.reconstruction(output, x)
+        posterior = output.posterior
+        num_top = vae.num_groups_per_scale
+        top = vae.concat_top(posterior.eps).float()
+        log_q = torch.stack([sum_except_batch(part) for part in posterior.log_q], dim=1)
+        kl_finer = kl_per_group(posterior)[:, num_top:]
+        coefficient = self.kl_coefficient(context)
+        balanced = self.objective.kl_balance and coefficient < 1 and self.trains_vae
+        weights = log_q.new_ones(log_q.shape[1])
+
+        def balance(weighted: Tensor) -> Tensor:
+            nonlocal weights
+            kl = torch.cat([self._kl_top(log_q, weighted), kl_finer], dim=1).detach()
+            weights = kl_balance_weights(kl, vae.groups_per_scale, coefficient, sync=True)
+            channels = top.shape[1] // num_top
+            return coefficient * weights[:num_top].repeat_interleave(channels).view(1, -1, 1, 1)
+
+        losses: PriorLosses = prior_losses(
+            model.sde,
+            model.score,
+            top,
+            weighting_p=self.weighting_p,
+            proposal_p=self.proposal_p,
+            likelihood=self.likelihood,
+            proposal_q=self.proposal_q,
+            balance=balance if balanced else coefficient,
+            eps_fn_q=self._average_prior[0] if self._average_prior else None,
+            reference=self.reference,
+            stratified=self.stratified,
+            rng=context.rng,
+        )
+        kl_top = log_q[:, :num_top].detach() + self._per_group(losses.cross_entropy)
+        kl = torch.cat([kl_top, kl_finer.detach()], dim=1)
+        loss = losses.surrogate
+        metrics: dict[str, Tensor] = {}
+        if self.trains_vae:
+            # The prior's share of the KL is in the surrogate already; what is left is the entropy
+            # of q and the finer scales.
+            rest = torch.cat([log_q[:, :num_top], kl_finer], dim=1)
+            loss = loss + (reconstruction + coefficient * (weights * rest).sum(1)).mean()
+            metrics["kl_coefficient"] = torch.tensor(coefficient)
+            if self.regularizer:
+                penalty = self.regularizer() + norm_regularizer(vae)
+                loss = loss + self.objective.spectral_regularization * penalty
+                metrics["regularizer"] = penalty
+        metrics |= {
+            "nelbo": (reconstruction + kl.sum(1)).mean(),
+            "reconstruction": reconstruction.mean(),
+            "kl": kl.sum(1).mean(),
+            "cross_entropy": sum_except_batch(losses.cross_entropy).mean(),
+            "prior_loss": losses.prior,
+            "mixing": model.score.mixing.mean(),
+            **{f"kl_group/{k}": value for k, value in enumerate(kl.mean(0))},
+        }
+        return StepOutput(loss=loss, metrics={k: v.detach() for k, v in metrics.items()})
+
+    def _per_group(self, elements: Tensor) -> Tensor:
+        """Sum ``(B, C, H, W)`` over each group of the coarsest scale: ``(B, G)``."""
+        parts: Sequence[Tensor] = self.model.vae.split_top(elements)
+        return torch.stack([sum_except_batch(part) for part in parts], dim=1)
+
+    def _kl_top(self, log_q: Tensor, weighted: Tensor) -> Tensor:
+        """KL of the coarsest groups ``(B, G)`` from weighted errors that lack the cross-entropy's
+        constant.
+        """
+        constant = self.model.sde.cross_entropy_constant()
+        groups = self.model.vae.num_groups_per_scale
+        return log_q[:, :groups] + self._per_group(weighted + constant)

@@ -1,0 +1,180 @@
+"""One optimizer step.
+
+For each part of the batch one forward pass of the stage and one backward pass; then the gradients
+of all sides are checked together, clipped each, and applied. All noise of a step comes from
+generators seeded by (seed, step, part), torch's global generators (which dropout uses) included, so
+a step is a function of the state and its number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lsgm.config import TrainConfig
+from lsgm.training.distributed import World, all_max
+from lsgm.training.interrupt import StopSignal
+from lsgm.training.precision import autocast
+from lsgm.training.state import StepContext, StepOutput, TrainState
+from vae.random import Rng, ShardedGenerator
+
+__all__ = ["Step", "StepResult", "step_seed"]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What happened in a step.
+
+    Args:
+        applied: Whether the weights moved: no loss and no gradient was NaN or infinite anywhere.
+        stop: Whether any process was told to stop.
+        rates: Learning rate of each side.
+        metrics: Scalars to log, one mapping for each part of the batch and one for the gradients.
+    """
+
+    applied: bool
+    stop: bool
+    rates: Mapping[str, float]
+    metrics: tuple[Mapping[str, Tensor], ...]
+
+
+def step_seed(*numbers: int) -> int:
+    """Hash numbers (seed, step, ...) to a seed in [0, 2**63), so that neighbours are unrelated."""
+    # The count goes in because a SeedSequence ignores trailing zeros.
+    sequence = np.random.SeedSequence((len(numbers), *numbers))
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class Step:
+    """The step, as a callable.
+
+    Args:
+        state: What is trained.
+        forward: The stage, or the wrapper around it that averages gradients over the processes.
+        config: Parts of a batch, precision, seed, memory layout.
+        world: The processes.
+    """
+
+    def __init__(
+        self, state: TrainState, forward: nn.Module, config: TrainConfig, world: World
+    ) -> None:
+        self.state = state
+        self.forward = forward
+        self.config = config
+        self.world = world
+        self.buffers = _BufferCopy(state.stage)
+        self.generator = torch.Generator(world.device)
+        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
+
+    def __call__(self, images: Tensor, stop: StopSignal | None = None) -> StepResult:
+        """Train on this process's ``images (b, C, R, R)``; `stop` is looked at near the end."""
+        state = self.state
+        step = state.step
+        self._seed_global(step)
+        self.buffers.keep()
+        rates = state.set_learning_rates()
+        if self.world.device.type == "cuda":
+            images = images.pin_memory()
+        images = images.to(self.world.device, non_blocking=True)
+        outputs = [self._backward(images, part) for part in range(self.config.accumulate)]
+        applied, stop_anywhere, norms = self._check(outputs, stop)
+        if applied:
+            self._apply(norms)
+        else:
+            self.buffers.restore()
+            state.counters.skipped += 1
+        if state.scaler.is_enabled():
+            state.scaler.update()  # once for all sides
+        for side in state.sides.values():
+            side.optimizer.zero_grad(set_to_none=True)
+        state.counters.step = step + 1
+        if applied:
+            state.stage.after_step(state.step)
+        gradients = {f"grad_norm/{name}": norm for name, norm in norms.items()}
+        metrics = (*({"loss": o.loss, **o.metrics} for o in outputs), gradients)
+        return StepResult(applied, stop_anywhere, rates, metrics)
+
+    def _backward(self, images: Tensor, part: int) -> StepOutput:
+        parts, state = self.config.accumulate, self.state
+        # Every parts-th image, so that a part is the same whatever the number of processes.
+        images = images[part::parts].contiguous(memory_format=self.layout)
+        sharing = self.forward is not state.stage
+        with contextlib.ExitStack() as stack:
+            if sharing and part < parts - 1:
+                stack.enter_context(self.forward.no_sync())  # type: ignore[operator]
+            with autocast(self.world.device, self.config.precision):
+                context = StepContext(state.step, state.total_steps, self._rng(part))
+                output: StepOutput = self.forward(images, context)
+            state.scaler.scale(output.loss / parts).backward()
+        return output
+
+    def _check(
+        self, outputs: list[StepOutput], stop: StopSignal | None
+    ) -> tuple[bool, bool, dict[str, Tensor]]:
+        """Unscale, and find the norm of each side; wait once for the device and the processes."""
+        norms = {}
+        for name, side in self.state.sides.items():
+            gradients = [p.grad for p in side.parameters if p.grad is not None]
+            if self.state.scaler.is_enabled() and gradients:
+                self.state.scaler.unscale_(side.optimizer)
+            norms[name] = torch.nn.utils.get_total_norm(gradients).to(self.world.device)
+        losses = (output.loss.detach().float() for output in outputs)
+        bad = ~torch.isfinite(torch.stack([*norms.values(), *losses])).all()
+        flags = torch.stack([bad, torch.full_like(bad, bool(stop))]).float()
+        bad_anywhere, stop_anywhere = all_max(flags, self.world).tolist()
+        return not bad_anywhere, bool(stop_anywhere), norms
+
+    def _apply(self, norms: Mapping[str, Tensor]) -> None:
+        # The scaler's own step() would judge each optimizer alone; they move all or none.
+        for name, side in self.state.sides.items():
+            limit = side.config.clip_norm
+            if limit > 0:
+                torch.nn.utils.clip_grads_with_norm_(side.parameters, limit, norms[name])
+            side.optimizer.step()
+            if side.ema is not None:
+                side.ema.update(side.module)
+
+    def _rng(self, part: int) -> Rng:
+        counters, world = self.state.counters, self.world
+        numbers = (self.config.seed, counters.returns, counters.step, part)
+        if not self.config.shared_noise:
+            return self.generator.manual_seed(step_seed(*numbers, 1 + world.rank))
+        self.generator.manual_seed(step_seed(*numbers))
+        return ShardedGenerator(self.generator, world.rank, world.size)
+
+    def _seed_global(self, step: int) -> None:
+        returns, rank = self.state.counters.returns, self.world.rank
+        seed = step_seed(self.config.seed, returns, step, 0, 0, 1 + rank)
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002 - other people's code may draw from it
+        random.seed(seed)
+
+
+class _BufferCopy:
+    """A copy of the stage's buffers, to undo a skipped step's effect on running statistics.
+
+    NaN would stay in them for ever.
+    """
+
+    def __init__(self, stage: nn.Module) -> None:
+        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for buffer in stage.buffers():
+            groups.setdefault((buffer.device, buffer.dtype), []).append(buffer)
+        self.live = list(groups.values())
+        self.copies = [[torch.empty_like(b) for b in group] for group in self.live]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        for copies, live in zip(self.copies, self.live, strict=True):
+            torch._foreach_copy_(copies, live)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for copies, live in zip(self.copies, self.live, strict=True):
+            torch._foreach_copy_(live, copies)

@@ -1,0 +1,24 @@
+#!/usr/bin/env python3
+"""Measure speed and memory. `train`: images/s, median seconds a step and peak memory of VAE and
+LSGM steps.
+"""
+
+import sys
+
+from lsgm.benchmark import COMMANDS
+from lsgm.cli import run
+from lsgm.errors import UserError
+
+
+def main() -> None:
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(__doc__ + "\nUsage: benchmark.py {" + ",".join(COMMANDS) + "} [--help] ...")
+        return
+    if name not in COMMANDS:
+        raise UserError(f"{name}: no such benchmark; known are {', '.join(COMMANDS)}")
+    COMMANDS[name](arguments)
+
+
+if __name__ == "__main__":
+    run(main)

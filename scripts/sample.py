@@ -1,0 +1,17 @@
+#!/usr/bin/env python3
+"""Draw images from a trained run: a PNG grid, or an NPZ with the array `images` (N, C, H, W) in [0,
+1].
+"""
+
+from lsgm.cli import run
+from lsgm.configio import parse_command_line
+from lsgm.options import SampleOptions
+from lsgm.sampling import sample_to_file
+
+
+def main() -> None:
+    sample_to_file(parse_command_line(SampleOptions, extra=(), description=__doc__).config)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,28 @@
+#!/usr/bin/env python3
+"""Train the score-based prior of LSGM end-to-end with a trained VAE, the second stage (arXiv
+2106.05931).
+"""
+
+from pathlib import Path
+
+from lsgm.cli import run
+from lsgm.config import LSGMTrainConfig
+from lsgm.configio import OUT, RESUME, VAE_RUN, parse_command_line, take_data_from_vae_run
+from lsgm.training.runs import train_lsgm
+
+DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "digits" / "lsgm.yaml"
+
+
+def main() -> None:
+    line = parse_command_line(
+        LSGMTrainConfig,
+        extra=(VAE_RUN, OUT, RESUME),
+        default_config=DEFAULT_CONFIG,
+        prepare=take_data_from_vae_run,
+        description=__doc__,
+    )
+    train_lsgm(line.config, line.options["out"], resume=line.options["resume"])
+
+
+if __name__ == "__main__":
+    run(main)

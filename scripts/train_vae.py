@@ -1,0 +1,22 @@
+#!/usr/bin/env python3
+"""Train the hierarchical VAE, the first stage of LSGM. With no arguments: handwritten digits,
+minutes on a CPU.
+"""
+
+from pathlib import Path
+
+from lsgm.cli import run
+from lsgm.config import VAETrainConfig
+from lsgm.configio import parse_command_line
+from lsgm.training.runs import train_vae
+
+DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "digits" / "vae.yaml"
+
+
+def main() -> None:
+    line = parse_command_line(VAETrainConfig, default_config=DEFAULT_CONFIG, description=__doc__)
+    train_vae(line.config, line.options["out"], resume=line.options["resume"])
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,32 @@
+"""Fixtures for inputs that lie outside the repository; tests that need them skip without them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+def _folder_from(variable: str) -> Path:
+    value = os.environ.get(variable)
+    if not value:
+        pytest.skip(f"{variable} is not set")
+    folder = Path(value)
+    if not folder.is_dir():
+        pytest.fail(f"{variable} names {folder}, which is not a folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Real data: MNIST/raw/, omniglot/chardata.mat and others."""
+    return _folder_from("LSGM_DATA")
+
+
+@pytest.fixture(scope="session")
+def parity_dir() -> Path:
+    """Reference arrays of the published system."""
+    return _folder_from("LSGM_PARITY_DIR")

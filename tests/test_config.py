@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from lsgm.config import DataConfig, LSGMTrainConfig, OptimConfig, VAEConfig, VAETrainConfig
+from lsgm.configio import (
+    OUT,
+    RESUME,
+    VAE_RUN,
+    load_config,
+    load_run_config,
+    parse_command_line,
+    save_config,
+    take_data_from_vae_run,
+)
+from lsgm.errors import UserError
+
+
+def message(function, *args, **kwargs) -> str:
+    """The one line of the UserError that a call raises."""
+    with pytest.raises(UserError) as caught:
+        function(*args, **kwargs)
+    text = str(caught.value)
+    assert text and "\n" not in text
+    return text
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "experiment.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_yaml_replaces_only_what_it_names(tmp_path):
+    path = write(
+        tmp_path, "optim_vae: {lr: 1e-3}\nvae: {channel_mult: [1, 3]}\ntrain: {max_steps: 7}"
+    )
+    config = load_config(VAETrainConfig, path)
+    assert config.optim_vae == dataclasses.replace(OptimConfig(), lr=1e-3)
+    assert config.vae == dataclasses.replace(VAEConfig(), channel_mult=(1, 3))
+    assert config.train.max_steps == 7
+    assert config.data == DataConfig()
+
+
+def test_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path):
+    path = write(tmp_path, "optim_vae: {lr: 1e-3, eps: 1e-5}")
+    line = parse_command_line(VAETrainConfig, ["--config", str(path), "--optim_vae.lr", "2e-3"])
+    assert (line.config.optim_vae.lr, line.config.optim_vae.eps) == (2e-3, 1e-5)
+    assert line.config.optim_vae.betas == OptimConfig().betas
+    assert line.config_path == path
+
+
+def test_command_line_value_forms():
+    line = parse_command_line(
+        VAETrainConfig,
+        "--resume --vae.channel_mult 1 4 --data.flip true --train.compile --train.channels-last=False "
+        "--train.max_steps null --optim_vae.betas 0.5 0.9 --out there".split(),
+    )
+    config = line.config
+    assert config.vae.channel_mult == (1, 4)
+    assert (config.data.flip, config.train.compile, config.train.channels_last) == (
+        True,
+        True,
+        False,
+    )
+    assert config.train.max_steps is None
+    assert config.optim_vae.betas == (0.5, 0.9)
+    assert line.options == {"out": "there", "resume": True}
+
+
+def test_negative_numbers_are_values():
+    line = parse_command_line(LSGMTrainConfig, ["--prior.mixing_init", "-3.5"])
+    assert line.config.prior.mixing_init == -3.5
+
+
+@pytest.mark.parametrize(
+    "config", [VAETrainConfig(), LSGMTrainConfig(data=DataConfig(name="mnist"))]
+)
+def test_saved_config_reads_back_equal(tmp_path, config):
+    config = dataclasses.replace(config, name="again")
+    save_config(config, tmp_path / "config.yaml")
+    assert load_run_config(tmp_path) == config
+    assert load_config(type(config), tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("vae: {num_nff: 1}", "unknown key vae.num_nff; did you mean vae.num_nf?"),
+        ("vaee: {num_nf: 1}", "unknown key vaee.num_nf; did you mean vae.num_nf?"),
+        ("train: {lr: 1}", "unknown key train.lr; did you mean optim_vae.lr?"),
+        ("vae: {num_nf: {a: 1}}", "unknown key vae.num_nf.a; did you mean vae.num_nf?"),
+        ("optim_vae: {lr: x}", "optim_vae.lr: 'x' does not fit (wanted: a number)"),
+        ("optim_vae: {lr: -1}", "optim_vae.lr: must be positive, not -1.0"),
+        (
+            "optim_vae: {betas: [0.1]}",
+            "optim_vae.betas: [0.1] does not fit (wanted: 2 values, each a number)",
+        ),
+        ("train: {epochs: 2.5}", "train.epochs: 2.5 does not fit (wanted: a whole number)"),
+        ("train: 3", "train: 3 does not fit (wanted: a section of keys)"),
+        ("train: null", "train: None does not fit (wanted: a section of keys)"),
+        ("data: {flip: maybe}", "data.flip: 'maybe' does not fit (wanted: true or false or null)"),
+        ("data: {name: minst}", "data.name: 'minst' does not fit (wanted: digits or mnist or"),
+        (
+            "vae: {channel_mult: [1, x]}",
+            "vae.channel_mult: [1, 'x'] does not fit (wanted: a list, each a whole number)",
+        ),
+        ("vae: {channel_mult: [1, 2, 3]}", "vae.channel_mult: needs 2 positive values"),
+        ("[1, 2]", "must hold 'key: value' lines"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_bad_yaml_is_one_line_with_file_and_key(tmp_path, text, expected):
+    path = write(tmp_path, text)
+    line = message(load_config, VAETrainConfig, path)
+    assert line.startswith(f"{path}: ")
+    assert expected in line
+
+
+def test_bad_value_in_a_nested_section_names_the_whole_key(tmp_path):
+    path = write(tmp_path, "prior: {network: {dropout: 2}}")
+    assert "prior.network.dropout: must lie in [0, 1)" in message(
+        load_config, LSGMTrainConfig, path
+    )
+
+
+def test_missing_file_and_folder(tmp_path):
+    assert "no such configuration file" in message(
+        load_config, VAETrainConfig, tmp_path / "no.yaml"
+    )
+    assert "a folder" in message(load_config, VAETrainConfig, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("--optim_vae.lrr 1", "unknown option --optim_vae.lrr; did you mean --optim_vae.lr?"),
+        ("--lr 1", "unknown option --lr; did you mean --optim_vae.lr?"),
+        ("--oot x", "unknown option --oot; did you mean --out?"),
+        ("--optim_vae.lr abc", "--optim_vae.lr: 'abc' does not fit (wanted: a number)"),
+        ("--optim_vae.lr", "--optim_vae.lr: needs a value (wanted: a number)"),
+        ("--optim_vae.lr -3", "--optim_vae.lr: must be positive, not -3.0"),
+        (
+            "--optim_vae.lr 1e-3 --optim_vae.lr_min 1e-2",
+            "--optim_vae.lr_min: 0.01 must not exceed lr 0.001",
+        ),
+        ("--data.name foo", "--data.name: 'foo' does not fit (wanted: digits or mnist or"),
+        (
+            "--train.max_steps 2.5",
+            "--train.max_steps: '2.5' does not fit (wanted: a whole number or null)",
+        ),
+        ("--vae.channel_mult x", "--vae.channel_mult: 'x' does not fit"),
+        ("--train 3", "unknown option --train"),
+        ("--out", "--out needs one value (DIR), not none"),
+        ("--resume 3", "--resume takes no value, not 3"),
+        ("stray", "unexpected argument 'stray'"),
+    ],
+)
+def test_bad_command_line_is_one_line_with_the_option(argv, expected, capsys):
+    assert message(parse_command_line, VAETrainConfig, argv.split()).startswith(expected)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_help_shows_every_field_and_exits_with_zero(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_command_line(LSGMTrainConfig, ["--help"], extra=(VAE_RUN, OUT, RESUME))
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for shown in (
+        "--config",
+        "--vae RUN",
+        "--resume",
+        "--data.name",
+        "--prior.network.fir",
+        "--optim_prior.lr",
+    ):
+        assert shown in text
+    assert "images per optimizer step" in text.lower()
+    assert "experiment" not in text
+
+
+def test_every_field_has_help(capsys):
+    with pytest.raises(SystemExit):
+        parse_command_line(LSGMTrainConfig, ["--help"])
+    with pytest.raises(SystemExit):
+        parse_command_line(VAETrainConfig, ["--help"])
+    # A field without a docstring would show its default and nothing before it.
+    lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
+    undocumented = [
+        a
+        for a, b in zip(lines, lines[1:], strict=False)
+        if a.startswith("--") and b.startswith("(default")
+    ]
+    assert undocumented == []
+
+
+def test_second_stage_takes_the_data_of_the_vae_run(tmp_path):
+    save_config(
+        VAETrainConfig(data=DataConfig(name="mnist", eval_binarisation_seed=3)),
+        tmp_path / "config.yaml",
+    )
+
+    def parse(*argv: str) -> LSGMTrainConfig:
+        return parse_command_line(
+            LSGMTrainConfig, argv, extra=(VAE_RUN, OUT, RESUME), prepare=take_data_from_vae_run
+        ).config
+
+    config = parse("--vae", str(tmp_path), "--data.augment", "affine")
+    assert config.vae_run == str(tmp_path)
+    assert config.data == DataConfig(name="mnist", eval_binarisation_seed=3, augment="affine")
+    assert message(parse).startswith("--vae: give the folder")
+    assert "no such configuration file" in message(parse, "--vae", str(tmp_path / "none"))
+
+
+def test_resume_continues_with_the_configuration_of_the_run(tmp_path):
+    save_config(VAETrainConfig(name="first"), tmp_path / "config.yaml")
+    default = write(tmp_path, "name: second")
+    argv = ["--out", str(tmp_path)]
+    assert parse_command_line(VAETrainConfig, argv, default_config=default).config.name == "second"
+    resumed = parse_command_line(VAETrainConfig, [*argv, "--resume"], default_config=default)
+    assert resumed.config.name == "first"
+    chosen = parse_command_line(VAETrainConfig, [*argv, "--resume", "--config", str(default)])
+    assert chosen.config.name == "second"
+
+
+def test_sections_check_their_values():
+    with pytest.raises(ValueError, match="channel_mult"):
+        VAEConfig(num_preprocess_blocks=3)
+    with pytest.raises(ValueError, match="impl: apex"):
+        OptimConfig(impl="apex", optimizer="adamax")
+    with pytest.raises(ValueError, match="test_fraction"):
+        DataConfig(test_fraction=1.0)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parents[1].glob("configs/*/*.yaml")), ids=str
+)
+def test_shipped_configs_are_valid(path):
+    config_class = LSGMTrainConfig if path.name.startswith("lsgm") else VAETrainConfig
+    load_config(config_class, path)

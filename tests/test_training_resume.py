@@ -1,0 +1,216 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from training_toy import OPTIMS, TRAIN, Crash, ToyStage, everything, train
+
+from lsgm.errors import UserError
+from lsgm.training import TrainingInterrupted, resume_command
+from lsgm.training.interrupt import StopSignal
+
+TOY = Path(__file__).parent / "training_toy.py"
+CLOCKS = ("time", "train_seconds", "images_per_second")
+
+
+def same(a, b):
+    """Equal in every bit, through dictionaries and lists."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def lines(run: Path):
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k not in CLOCKS} for record in records]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    run = tmp_path_factory.mktemp("whole") / "run"
+    return everything(train(run)), lines(run)
+
+
+def start_toy(*arguments):
+    return subprocess.Popen(
+        [sys.executable, str(TOY), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(TOY.parent.parent), "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.parametrize("at", range(15))
+def test_a_crash_at_any_step_changes_nothing(tmp_path, whole, at):
+    stage = ToyStage()
+
+    def crash(step):
+        if step == at and stage.calls % 2 == 0:  # in the second part of the batch
+            raise Crash
+
+    stage.on_step = crash
+    with pytest.raises(Crash):
+        train(tmp_path / "run", stage)
+    torch.manual_seed(12345)  # a new process is in another state
+    result = train(tmp_path / "run", resume=True)
+    assert same(everything(result), whole[0])
+    assert lines(tmp_path / "run") == whole[1]
+
+
+@pytest.mark.parametrize("at", [5, 10, 15])
+def test_a_crash_in_an_evaluation_changes_nothing(tmp_path, whole, at):
+    def evaluate(context):
+        torch.rand(3)  # an evaluation may draw from the global generator
+        if context.step == at:
+            raise Crash
+        return {"score": float(context.step)}
+
+    with pytest.raises(Crash):
+        train(tmp_path / "run", evaluate=evaluate)
+    result = train(tmp_path / "run", resume=True)
+    assert same(everything(result), whole[0])
+    assert lines(tmp_path / "run") == whole[1]
+
+
+def test_a_killed_process_goes_on_bit_for_bit(tmp_path, whole):
+    run = tmp_path / "run"
+    first = start_toy(run, "--die-at", 8)
+    first.communicate(timeout=120)
+    assert first.returncode == -signal.SIGKILL
+    result = train(run, resume=True)
+    assert same(everything(result), whole[0])
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, whole, capsys):
+    train(tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "step_00000015.pt"
+    os.truncate(path, path.stat().st_size // 2)
+    result = train(tmp_path / "run", resume=True)
+    assert same(everything(result), whole[0])
+    assert lines(tmp_path / "run") == whole[1]
+    assert "step_00000015.pt is damaged" in capsys.readouterr().err
+
+
+def test_a_finished_run_stays_as_it_is(tmp_path, whole):
+    train(tmp_path / "run")
+    result = train(tmp_path / "run", resume=True)
+    assert same(everything(result)["weights"], whole[0]["weights"])
+    result = train(tmp_path / "run", resume=True)
+    assert lines(tmp_path / "run") == whole[1]
+
+
+def test_a_longer_run_continues_the_shorter_one(tmp_path):
+    train(tmp_path / "run")
+    result = train(tmp_path / "run", resume=True, epochs=4)
+    assert result.state.step == 20
+    steps = [r["step"] for r in lines(tmp_path / "run") if r["phase"] == "train"]
+    assert steps == [4, 8, 12, 15, 16, 20]
+
+
+def test_options_of_the_optimizer_come_from_the_configuration(tmp_path):
+    train(tmp_path / "run")
+    optims = OPTIMS | {"back": replace(OPTIMS["back"], weight_decay=0.25)}
+    result = train(tmp_path / "run", resume=True, optims=optims)
+    assert result.state.sides["back"].optimizer.param_groups[0]["weight_decay"] == 0.25
+
+
+def test_another_architecture_is_named(tmp_path):
+    train(tmp_path / "run")
+    with pytest.raises(UserError, match=r"step_00000015.*front\.0\.weight \(4, 1, 3, 3\)") as error:
+        train(tmp_path / "run", ToyStage(width=5), resume=True)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"unknown: front\.1\.weight.* and 2 more"):
+        train(tmp_path / "run", ToyStage(norm=False), resume=True)
+
+
+def test_another_optimizer_or_epoch_is_named(tmp_path):
+    train(tmp_path / "run")
+    optims = OPTIMS | {"back": replace(OPTIMS["back"], optimizer="adam")}
+    with pytest.raises(UserError, match="adamw"):
+        train(tmp_path / "run", resume=True, optims=optims)
+    from training_toy import ToyBatches
+
+    class Longer(ToyBatches):
+        steps_per_epoch = 6
+
+    import training_toy
+
+    original, training_toy.ToyBatches = training_toy.ToyBatches, Longer
+    try:
+        with pytest.raises(UserError, match=r"5 steps an epoch.*6"):
+            train(tmp_path / "run", resume=True)
+    finally:
+        training_toy.ToyBatches = original
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    train(tmp_path / "run", max_steps=1)
+    with pytest.raises(UserError, match="already holds a run"):
+        train(tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_step_and_says_how_to_go_on(tmp_path, whole, number, capsys):
+    stage = ToyStage()
+    before = signal.getsignal(number)
+
+    def send(step):
+        if (step, stage.calls % 2) == (7, 1):  # in the first part of the batch: once
+            os.kill(os.getpid(), number)
+
+    stage.on_step = send
+    with pytest.raises(TrainingInterrupted, match="stopped at step 8; continue with") as error:
+        train(tmp_path / "run", stage)
+    assert error.value.exit_code == 128 + number
+    assert signal.getsignal(number) is before
+    assert "--resume" in capsys.readouterr().err
+    assert (tmp_path / "run" / "checkpoints" / "step_00000008.pt").exists()
+    result = train(tmp_path / "run", resume=True)
+    assert same(everything(result), whole[0])
+    assert lines(tmp_path / "run") == whole[1]
+
+
+def test_the_second_signal_is_not_held_back():
+    with pytest.raises(KeyboardInterrupt), StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        assert stop and stop.number == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+
+def test_the_command_to_resume(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["scripts/train_vae.py", "--out", "my runs/a"])
+    command = resume_command()
+    assert command.endswith("scripts/train_vae.py --out 'my runs/a' --resume")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert resume_command().startswith("torchrun --nproc-per-node 4 scripts/train_vae.py")
+
+
+def test_a_run_without_a_checkpoint_starts_anew(tmp_path, whole):
+    run = tmp_path / "run"
+    train(run, max_steps=2)
+    for path in (run / "checkpoints").iterdir():
+        path.unlink()
+    result = train(run, resume=True)
+    assert same(everything(result), whole[0])
+    assert lines(run) == whole[1]
+
+
+def test_toy_is_not_trivial(whole):
+    assert TRAIN.accumulate == 2
+    state = whole[0]
+    assert state["extra"]["vector"].tolist() == [120.0, 120.0]
+    assert set(state["ema"]) == {"front", "back"}
