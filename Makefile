@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install: $(STAMP) ## make the virtual environment in $(VENV)
+install: $(STAMP) ## make the virtual environment (.venv)
 
 # The first call installs torch from where TORCH says, the second everything else beside it.
 $(STAMP): setup.py pyproject.toml

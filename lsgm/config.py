@@ -34,20 +34,20 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _require_positive(section: object, *names: str) -> None:
-    for name in names:
+def _require_positive(section: object, names: str) -> None:
+    for name in names.split():
         value = getattr(section, name)
         _require(value is None or value > 0, f"{name}: must be positive, not {value}")
 
 
-def _require_non_negative(section: object, *names: str) -> None:
-    for name in names:
+def _require_non_negative(section: object, names: str) -> None:
+    for name in names.split():
         value = getattr(section, name)
         _require(value >= 0 and math.isfinite(value), f"{name}: must be at least 0, not {value}")
 
 
-def _require_fraction(section: object, *names: str) -> None:
-    for name in names:
+def _require_fraction(section: object, names: str) -> None:
+    for name in names.split():
         value = getattr(section, name)
         _require(0.0 <= value <= 1.0, f"{name}: must lie in [0, 1], not {value}")
 
@@ -78,7 +78,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "image_size")
         _require(self.channels in (None, 1, 3), f"channels: must be 1 or 3, not {self.channels}")
-        _require_non_negative(self, "num_workers", "eval_binarisation_seed")
+        _require_non_negative(self, "num_workers eval_binarisation_seed")
         _require(
             0.0 < self.test_fraction < 1.0,
             f"test_fraction: must lie strictly between 0 and 1, not {self.test_fraction}",
@@ -131,18 +131,11 @@ class VAEConfig:
     def __post_init__(self) -> None:
         _require_positive(
             self,
-            "num_channels_enc",
-            "num_channels_dec",
-            "num_preprocess_cells",
-            "num_postprocess_cells",
-            "num_latent_scales",
-            "num_groups_per_scale",
-            "num_latent_per_group",
-            "num_cell_per_cond_enc",
-            "num_cell_per_cond_dec",
-            "log_sig_q_scale",
+            "num_channels_enc num_channels_dec num_preprocess_cells num_postprocess_cells "
+            "num_latent_scales num_groups_per_scale num_latent_per_group num_cell_per_cond_enc "
+            "num_cell_per_cond_dec log_sig_q_scale",
         )
-        _require_non_negative(self, "num_preprocess_blocks", "num_nf")
+        _require_non_negative(self, "num_preprocess_blocks num_nf")
         levels = self.num_preprocess_blocks + self.num_latent_scales
         _require(
             len(self.channel_mult) == levels and min(self.channel_mult) > 0,
@@ -192,11 +185,7 @@ class PriorNetworkConfig:
     def __post_init__(self) -> None:
         _require_positive(
             self,
-            "num_channels",
-            "num_scales",
-            "num_cells_per_scale",
-            "embedding_dim",
-            "embedding_scale",
+            "num_channels num_scales num_cells_per_scale embedding_dim embedding_scale",
         )
         _require(0.0 <= self.dropout < 1.0, f"dropout: must lie in [0, 1), not {self.dropout}")
         mult = self.channel_mult
@@ -227,7 +216,7 @@ class SDEConfig:
     """Training times lie in [time_eps, 1]."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "beta_start", "beta_end", "sigma2_min", "sigma2_max")
+        _require_positive(self, "beta_start beta_end sigma2_min sigma2_max")
         _require_non_negative(self, "sigma2_0")
         _require(0.0 <= self.time_eps < 1.0, f"time_eps: must lie in [0, 1), not {self.time_eps}")
         _require(self.beta_start <= self.beta_end, "beta_start: must not exceed beta_end")
@@ -265,8 +254,7 @@ class PriorConfig:
     update_q_ema: bool = False
     """disjoint only: the encoder's loss uses the averaged prior."""
     control_variate: bool = True
-    """Estimate the encoder's cross entropy as its exact value for N(0, I) plus the difference that the network makes (lower variance,
-    same expectation, for mixed Normal priors)."""
+    """Sample only the network's difference from N(0, I) in the encoder's loss: less variance."""
     stratified_times: bool = True
     """Spread the times of a batch evenly over the proposal: less variance, same mean."""
 
@@ -297,10 +285,8 @@ class ObjectiveConfig:
     """KL per latent group that costs nothing, in nats per image (0: off)."""
 
     def __post_init__(self) -> None:
-        _require_fraction(
-            self, "kl_anneal_portion", "kl_const_portion", "kl_const_coeff", "kl_max_coeff"
-        )
-        _require_non_negative(self, "spectral_regularization", "free_bits")
+        _require_fraction(self, "kl_anneal_portion kl_const_portion kl_const_coeff kl_max_coeff")
+        _require_non_negative(self, "spectral_regularization free_bits")
         _require(
             self.kl_const_coeff <= self.kl_max_coeff, "kl_const_coeff: must not exceed kl_max_coeff"
         )
@@ -308,7 +294,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """One optimizer with its schedule (warm-up, then cosine), clipping and weight average."""
+    """One optimizer with its learning rate schedule, clipping and weight average."""
 
     optimizer: Literal["adamax", "adam", "adamw"] = "adamax"
     """Update rule. adam adds weight decay to the gradient, adamw decouples it."""
@@ -318,6 +304,8 @@ class OptimConfig:
     """Learning rate after the warm-up."""
     lr_min: float = 1e-4
     """Learning rate at the end of the cosine."""
+    schedule: Literal["cosine", "published", "constant"] = "cosine"
+    """After the warm-up: cosine; published: the paper's runs', once an epoch; constant."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the first and second moments, per step."""
     eps: float = 1e-3
@@ -332,8 +320,8 @@ class OptimConfig:
     """Decay per step of the running average of the weights (0: no average)."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "lr", "eps")
-        _require_non_negative(self, "lr_min", "weight_decay", "warmup_steps", "clip_norm")
+        _require_positive(self, "lr eps")
+        _require_non_negative(self, "lr_min weight_decay warmup_steps clip_norm")
         _require(self.lr_min <= self.lr, f"lr_min: {self.lr_min} must not exceed lr {self.lr}")
         _require(
             all(0.0 <= b < 1.0 for b in self.betas),
@@ -388,16 +376,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require_positive(
             self,
-            "epochs",
-            "max_steps",
-            "batch_size",
-            "accumulate",
-            "log_every",
-            "eval_every",
-            "eval_images",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "num_threads",
+            "epochs max_steps batch_size accumulate log_every eval_every eval_images "
+            "checkpoint_every keep_checkpoints num_threads",
         )
         _require_non_negative(self, "seed")
         _require(

@@ -109,7 +109,9 @@ def load_run_config(run: str | Path) -> VAETrainConfig | LSGMTrainConfig:
     """
     path = Path(run) / CONFIG_FILE
     keys = _read_mapping(path)
-    return _build(LSGMTrainConfig if "prior" in keys else VAETrainConfig, keys, path)
+    if "prior" in keys:
+        return _build(LSGMTrainConfig, keys, path)
+    return _build(VAETrainConfig, keys, path)
 
 
 def save_config(config: Any, path: str | Path) -> None:
@@ -180,7 +182,8 @@ def parse_command_line(
     wants_help = any(token in ("-h", "--help") for token in argv)
     options, overrides = _split_plain(argv, plain, config_class, wants_help)
     given = options.pop("config")
-    path = Path(given or default_config) if given or default_config else None
+    chosen = given or default_config
+    path = Path(chosen) if chosen else None
     config = load_config(config_class, path)
     if given is None and options.get("resume"):
         written = run_folder(config, options.get("out")) / CONFIG_FILE  # type: ignore[arg-type]
@@ -224,7 +227,7 @@ def _build(config_class: type[T], keys: DictConfig, path: Path) -> T:
         if key not in valid and not any(name.startswith(f"{key}.") for name in valid):
             raise UserError(f"{path}: unknown key {key}{suggestion(key, valid)}")
     try:
-        merged = OmegaConf.merge(schema, keys)
+        merged = typing.cast(DictConfig, OmegaConf.merge(schema, keys))
         with _naming_sections(merged, path):
             return typing.cast(T, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
@@ -266,7 +269,7 @@ def _naming_sections(merged: DictConfig, path: Path) -> Iterator[None]:
 
 
 def _failing_section(merged: DictConfig, prefix: str = "") -> str:
-    for name in merged:
+    for name in map(str, merged):
         child = merged[name]
         if isinstance(child, DictConfig):
             try:
@@ -391,7 +394,8 @@ def _parse(
         )
         for option in plain
     ]
-    experiment = Annotated[  # the empty name puts the sections at the top level
+    # The empty name puts the sections at the top level.
+    experiment = Annotated[  # type: ignore[valid-type]  # a type known at run time only
         type(config),
         tyro.conf.arg(name=""),
         tyro.conf.FlagConversionOff,

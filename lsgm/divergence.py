@@ -1,7 +1,8 @@
 r"""Divergence ``tr(dv/dx)`` of a vector field that acts on each image of a batch by itself.
 
-``exact`` differentiates once for each dimension; Hutchinson's estimator ``p^T (dv/dx) p`` (arXiv 1810.01367 eq. 7) once for each
-probe, unbiased for probes of zero mean and unit covariance. The batch is the first axis; ``(B, D)`` and ``(B, C, H, W)`` are alike.
+``exact`` differentiates once for each dimension; Hutchinson's estimator ``p^T (dv/dx) p``
+(arXiv 1810.01367 section 3.1) once for each probe, unbiased for probes of zero mean and unit
+covariance. The batch is the first axis; ``(B, D)`` and ``(B, C, H, W)`` are alike.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class Divergence(ABC):
 
     @abstractmethod
     def __call__(self, fn: Field, x: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
-        """``fn(x) (B, *shape)`` and its divergence ``(B,)``, without gradients; works under ``torch.no_grad()``."""
+        """``fn(x) (B, *shape)`` and its divergence ``(B,)``, without gradients; works under
+        ``torch.no_grad()``.
+        """
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,12 @@ class ExactDivergence(Divergence):
 
 @dataclass(frozen=True)
 class HutchinsonDivergence(Divergence):
-    """Mean of ``p^T (dv/dx) p`` over random probes: one call of ``fn``, one backward pass for each probe.
+    """Mean of ``p^T (dv/dx) p`` over random probes: one call of ``fn``, one backward pass for each
+    probe.
 
     Arguments:
-        distribution: ``"rademacher"`` (entries +-1: exact for a diagonal Jacobian) or ``"gaussian"`` (the published one).
+        distribution: ``"rademacher"`` (entries +-1: exact for a diagonal Jacobian) or
+            ``"gaussian"`` (the published one).
         num_probes: Probes averaged over.
     """
 

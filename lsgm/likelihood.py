@@ -1,12 +1,12 @@
 r"""Log-density of a score model through its probability-flow ODE.
 
-Along ``dz/dt = v(z, t) = f z + g^2 eps / (2 sigma)`` the log-density changes by ``-div v``, so with ``z(1)`` the end of the ODE that
-starts from ``z_0`` at the cutoff (arXiv 2011.13456 eq. 39)
+Along ``dz/dt = v(z, t) = f z + g^2 eps / (2 sigma)`` the log-density changes by ``-div v``, so with
+``z(1)`` the end of the ODE that starts from ``z_0`` at the cutoff (arXiv 2011.13456 eq. 39)
 
     log p(z_0) = log p_1(z(1)) + int_{t_end}^1 div v(z(t), t) dt .
 
-Both integrals are solved as one adaptive system. Log-densities are in nats; what bounds are made of them is in
-:mod:`vae.objective` and :mod:`lsgm.evaluation`.
+Both integrals are solved as one adaptive system. Log-densities are in nats; what bounds are made of
+them is in :mod:`vae.objective` and :mod:`lsgm.evaluation`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 from lsgm.divergence import Divergence, ExactDivergence
 from lsgm.sde import LinearSDE
 from lsgm.solvers.base import EpsFn, probability_flow_velocity
-from lsgm.solvers.ode import integrate_adaptive
+from lsgm.solvers.ode import Backend, integrate_adaptive
 from vae.random import Rng
 
 __all__ = ["OdeLogDensity", "ode_log_density"]
 
-METHODS = {"dopri5": "torchdiffeq", "rk45": "scipy"}
+METHODS: dict[str, Backend] = {"dopri5": "torchdiffeq", "rk45": "scipy"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class OdeLogDensity:
     """Result of :func:`ode_log_density`.
 
     Attributes:
-        log_prob: ``(B,)`` nats, float64 (the state's precision). With a random divergence it is unbiased; ``exp(log_prob)`` is not.
+        log_prob: ``(B,)`` nats, float64 (the state's precision). With a random divergence it is
+            unbiased; ``exp(log_prob)`` is not.
         nfe: Network calls on the batch (each with the backward passes of the divergence).
         latent: The end of the ODE at ``t = 1``, ``(B, *shape)``.
     """
@@ -59,20 +60,26 @@ def ode_log_density(
 ) -> OdeLogDensity:
     """Log-density of ``z0`` under the model's probability-flow ODE.
 
-    ``z0`` is taken to lie at ``t_end``; it is not perturbed, and nothing corrects for ``[0, t_end]``. State and log-density form one
-    system with one error norm over the whole batch, so results depend on the batch within the tolerance.
+    ``z0`` is taken to lie at ``t_end``; it is not perturbed, and nothing corrects for ``[0,
+    t_end]``. State and log-density form one system with one error norm over the whole batch, so
+    results depend on the batch within the tolerance.
 
     Arguments:
         sde: The forward SDE.
-        eps_fn: The noise prediction, called in the dtype of ``z0``; must act on each image by itself.
+        eps_fn: The noise prediction, called in the dtype of ``z0``; must act on each image by
+            itself.
         z0: ``(B, *shape)``.
-        divergence: Exact by default. A random one draws its probe once, so that the right-hand side is a function.
-        t_end: Time at which ``z0`` lies; default the SDE's cutoff. The kernel must have variance there.
-        rtol, atol: Tolerances of a step.
+        divergence: Exact by default. A random one draws its probe once, so that the right-hand side
+            is a function.
+        t_end: Time at which ``z0`` lies; default the SDE's cutoff. The kernel must have variance
+            there.
+        rtol: Relative tolerance of a step.
+        atol: Absolute tolerance of a step.
         rng: Source of the probe.
         method: ``"dopri5"`` (torchdiffeq) or ``"rk45"`` (scipy, on the CPU: the published one).
-        published: Follow the published evaluation of arXiv 2106.05931 to the letter: a new probe at every velocity evaluation, times
-            and coefficients in the dtype of ``z0``. It needs about three times the calls.
+        published: Follow the published evaluation of arXiv 2106.05931 to the letter: a new probe at
+            every velocity evaluation, times and coefficients in the dtype of ``z0``. It needs more
+            calls, the more so the smaller the tolerance.
         state_dtype: Precision of the state.
 
     Raises:

@@ -1,8 +1,9 @@
 """Exact diffusion models in closed form: what every solver, likelihood and loss is tested against.
 
-Both oracles know, for any `LinearSDE` with kernel `q(z_t | z_0) = N(m_t z_0, sigma_t^2 I)`, the optimal noise prediction
-`eps(x_t, t) = -sigma_t * grad log q(x_t)`, samples of `q(z_t)` and `log q(z_t)`; the Gaussian also knows the flow map of its
-probability-flow ODE. Everything is float64. The batch is the first axis; `*d` is the rest: `(B, D)` and `(B, C, H, W)` both work.
+Both oracles know, for any `LinearSDE` with kernel `q(z_t | z_0) = N(m_t z_0, sigma_t^2 I)`, the
+optimal noise prediction `eps(x_t, t) = -sigma_t * grad log q(x_t)`, samples of `q(z_t)` and `log
+q(z_t)`; the Gaussian also knows the flow map of its probability-flow ODE. Everything is float64.
+The batch is the first axis; `*d` is the rest: `(B, D)` and `(B, C, H, W)` both work.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class GaussianOracle:
         return -0.5 * ((x_t - mean) ** 2 / var + (2 * math.pi * var).log()).flatten(1).sum(1)
 
     def ode_log_prob(self, x_t: Tensor, t: float) -> Tensor:
-        """What an exact ODE solve from t to 1 with `sde.prior_log_prob` at its end gives, with shape (B,), in nats.
+        """What an exact ODE solve from t to 1 with `sde.prior_log_prob` at its end gives, with
+        shape (B,), in nats.
 
         It differs from `log_prob` by the mismatch between `q(z_1)` and the SDE's prior.
         """
@@ -108,7 +110,9 @@ class MixtureOracle:
         return cls(sde, (radius * torch.cos(angle[:, None] - phase)).reshape(-1, *shape), std)
 
     def _components(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Differences (B, K, D) to the means, the variance (B, 1) of a component, its log-density (B, K)."""
+        """Differences (B, K, D) to the means, the variance (B, 1) of a component, its log-density
+        (B, K).
+        """
         m, var = self.sde.mean_coef(t)[:, None], self.sde.var(t)[:, None]
         total = (m * self.std) ** 2 + var
         difference = x_t.flatten(1)[:, None] - m[..., None] * self.means.flatten(1)

@@ -56,7 +56,8 @@ def test_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path):
 def test_command_line_value_forms():
     line = parse_command_line(
         VAETrainConfig,
-        "--resume --vae.channel_mult 1 4 --data.flip true --train.compile --train.channels-last=False "
+        "--resume --vae.channel_mult 1 4 --data.flip true --train.compile "
+        "--train.channels-last=False "
         "--train.max_steps null --optim_vae.betas 0.5 0.9 --out there".split(),
     )
     config = line.config

@@ -10,7 +10,7 @@ import torch
 from oracles import GaussianOracle, MixtureOracle
 
 from lsgm.sde import VESDE, VPSDE, GeometricVPSDE, SubVPSDE
-from lsgm.solvers import make_grid, make_solver
+from lsgm.solvers import DPMSolverPP, make_grid, make_solver
 
 T_END = 0.05
 SDES = {
@@ -66,26 +66,31 @@ def measured_order(solver, name, problem) -> float:
     counts = (20, 40, 80) if solver.evaluations(1) == 4 else (80, 160, 320)
     errors = []
     for n in counts:
-        solution = solver.solve(SDES[name], oracle.eps, x, make_grid("log_snr", SDES[name], n, T_END))
+        solution = solver.solve(
+            SDES[name], oracle.eps, x, make_grid("log_snr", SDES[name], n, T_END)
+        )
         assert solution.nfe == solver.evaluations(n)
         errors.append((solution.x - exact).square().mean().sqrt().item())
     return -np.polyfit(np.log(counts), np.log(errors), 1)[0]
 
 
+@pytest.mark.parametrize("name", ["vp", "ve"])
 @pytest.mark.parametrize(("solver", "options"), SOLVERS, ids=IDS)
-def test_order_on_a_mixture(solver, options):
+def test_order_on_a_mixture(solver, options, name):
     solver = make_solver(solver, **options)
-    assert abs(measured_order(solver, "vp", mixture_problem("vp")) - solver.order) < 0.2
+    assert abs(measured_order(solver, name, mixture_problem(name)) - solver.order) < 0.2
 
 
-@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("name", ["vp", "geometric", "subvp"])
 @pytest.mark.parametrize(("solver", "options"), SOLVERS, ids=IDS)
 def test_order_on_a_gaussian(solver, options, name):
     solver = make_solver(solver, **options)
     order = measured_order(solver, name, gaussian_problem(name))
-    assert order > solver.order - 0.2
-    # On a Gaussian the leading term of this one nearly cancels, and it converges faster.
-    assert order < solver.order + (1.0 if isinstance(solver, type(make_solver("dpmpp_3m"))) else 0.2)
+    # The leading term of this one nearly cancels on a Gaussian: its errors are small and change
+    # sign along the way.
+    irregular = isinstance(solver, DPMSolverPP) and solver.order == 3
+    assert order > solver.order - (0.4 if irregular else 0.2)
+    assert order < solver.order + (0.8 if irregular else 0.2)
 
 
 @pytest.mark.parametrize("backend", ["dopri5", "rk45"])
@@ -128,7 +133,9 @@ def test_euler_in_sigma_is_ddim():
     torch.testing.assert_close(euler.x, ddim.x, atol=1e-11, rtol=0)
 
 
-@pytest.mark.parametrize("solver", ["ddim", "heun", "rk4", "dpmpp_2m", "normal_reference_pc", "dopri5"])
+@pytest.mark.parametrize(
+    "solver", ["ddim", "heun", "rk4", "dpmpp_2m", "normal_reference_pc", "dopri5"]
+)
 def test_encoding_is_the_inverse_of_decoding(solver):
     oracle, x, exact = gaussian_problem("vp")
     times = make_grid("log_snr", oracle.sde, 400, T_END)

@@ -1,3 +1,4 @@
+import math
 import os
 import socket
 import subprocess
@@ -25,6 +26,7 @@ def _run_two(*arguments):
     processes = [
         subprocess.Popen(
             [sys.executable, str(TOY), *map(str, arguments)],
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ
@@ -40,9 +42,13 @@ def _run_two(*arguments):
         )
         for rank in range(2)
     ]
-    errors = [p.communicate(timeout=180)[1] for p in processes]
-    assert [p.returncode for p in processes] == [0, 0], errors
-    return errors
+    try:
+        said = [p.communicate(timeout=300) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    assert [p.returncode for p in processes] == [0, 0], said
+    return [out for out, _ in said]
 
 
 def test_two_processes_follow_one_of_twice_the_batch(tmp_path):
@@ -56,6 +62,25 @@ def test_two_processes_follow_one_of_twice_the_batch(tmp_path):
             torch.testing.assert_close(two["ema"][name][key], value, rtol=1e-4, atol=1e-6)
     a, b = ((tmp_path / n / "metrics.jsonl").read_text().splitlines() for n in ("one", "two"))
     assert len(a) == len(b)
+
+
+def test_processes_skip_and_stop_together_and_another_number_goes_on(tmp_path):
+    out = _run_two(tmp_path / "run", "--plain", "--nan-at", 4, "--stop-at", 8)
+    assert all("stopped at step 9; continue with" in text for text in out)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000009.pt"
+    assert torch.load(checkpoint, weights_only=True)["counters"]["skipped"] == 1
+
+    def poison(step, loss):
+        return loss * math.nan if step == 4 else loss
+
+    stage = ToyStage(dropout=0.0, norm=False)
+    one = train(tmp_path / "run", stage, resume=True)
+    reference = ToyStage(dropout=0.0, norm=False)
+    reference.poison = poison
+    whole = train(tmp_path / "whole", reference)
+    assert one.state.counters.skipped == whole.state.counters.skipped == 1
+    for a, b in zip(stage.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_one_process_needs_no_group(monkeypatch):

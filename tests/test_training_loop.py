@@ -266,6 +266,14 @@ def test_channels_last_and_noise_modes_run(tmp_path, shared):
         assert result.state.step == 3
 
 
+def test_compiling_compiles_the_networks_and_not_the_stage(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    stage = ToyStage()
+    train(tmp_path / "run", stage, compile=True, max_steps=1)
+    assert compiled == [stage.front, stage.back]
+
+
 def test_mistakes_of_the_caller_are_named(tmp_path):
     with pytest.raises(UserError, match=r"8 is not a multiple of 3 process"):
         train(tmp_path / "a", world=World(torch.device("cpu"), 0, 3))

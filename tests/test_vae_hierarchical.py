@@ -193,34 +193,62 @@ def test_activation_checkpointing_changes_nothing() -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-# (arguments, parameters, tensors, convolutions, batch norms, shapes of kernels), from the published
-# models
+# Published models: arguments; then parameters, tensors, convolutions, batch norms, kernel shapes.
+CIFAR = {"image_size": 32, "num_latent_scales": 1, "channel_mult": (1, 2), "cell": "res_bnswish"}
+GREY = {"image_size": 32, "image_channels": 1, "num_latent_scales": 1, "decoder_dist": "bin"}
+FACES = {"image_size": 256, "num_x_bits": 5, "input_skip": True, "num_nf": 2}
+
+
+def cells(blocks: int, groups: int) -> dict[str, int]:
+    return {
+        "num_preprocess_cells": blocks,
+        "num_postprocess_cells": blocks,
+        "num_cell_per_cond_enc": groups,
+        "num_cell_per_cond_dec": groups,
+    }
+
+
+def sizes(width: int, groups: int, latents: int) -> dict[str, int]:
+    return {
+        "num_channels_enc": width,
+        "num_channels_dec": width,
+        "num_groups_per_scale": groups,
+        "num_latent_per_group": latents,
+    }
+
+
 BIG: dict[str, tuple[dict[str, Any], tuple[int, int, int, int, int]]] = {
     "cifar10": (
-        {"image_size": 32, "num_channels_enc": 128, "num_channels_dec": 128, "channel_mult": (1, 2), "num_latent_scales": 1, "num_groups_per_scale": 20, "num_latent_per_group": 9, "num_cell_per_cond_enc": 2, "num_cell_per_cond_dec": 2, "cell": "res_bnswish"},
+        CIFAR | cells(2, 2) | sizes(128, 20, 9),
         (100_867_740, 1434, 254, 168, 12),
     ),
     "cifar10_likelihood": (
-        {"image_size": 32, "num_channels_enc": 256, "num_channels_dec": 256, "channel_mult": (1, 2), "num_preprocess_cells": 3, "num_postprocess_cells": 3, "num_latent_scales": 1, "num_groups_per_scale": 4, "num_latent_per_group": 45, "num_cell_per_cond_enc": 3, "num_cell_per_cond_dec": 3, "num_nf": 2, "cell": "res_bnswish"},
+        CIFAR | cells(3, 3) | sizes(256, 4, 45) | {"num_nf": 2},
         (130_622_772, 598, 130, 60, 15),
     ),
     "mnist": (
-        {"image_channels": 1, "image_size": 32, "num_channels_enc": 64, "num_channels_dec": 64, "channel_mult": (1, 2, 2), "num_preprocess_blocks": 2, "num_preprocess_cells": 3, "num_postprocess_cells": 3, "num_latent_scales": 1, "num_groups_per_scale": 2, "num_latent_per_group": 20, "cell": "res_mbconv", "decoder_dist": "bin"},
+        GREY
+        | cells(3, 1)
+        | sizes(64, 2, 20)
+        | {"channel_mult": (1, 2, 2), "num_preprocess_blocks": 2},
         (3_005_822, 288, 59, 48, 22),
     ),
     "omniglot": (
-        {"image_channels": 1, "image_size": 32, "num_channels_enc": 64, "num_channels_dec": 64, "channel_mult": (1, 2), "num_latent_scales": 1, "num_groups_per_scale": 3, "num_latent_per_group": 20, "num_cell_per_cond_enc": 3, "num_cell_per_cond_dec": 3, "cell": "res_mbconv", "decoder_dist": "bin"},
+        GREY | cells(2, 3) | sizes(64, 3, 20) | {"channel_mult": (1, 2)},
         (5_384_190, 373, 73, 66, 20),
     ),
     "celebahq_quantitative": (
-        {"image_size": 256, "num_channels_enc": 64, "num_channels_dec": 64, "channel_mult": (1, 1, 2, 4), "num_latent_scales": 3, "num_groups_per_scale": 8, "num_latent_per_group": 20, "num_cell_per_cond_enc": 2, "num_cell_per_cond_dec": 2, "num_nf": 2, "cell": "res_mbconv", "num_x_bits": 5, "input_skip": True},
+        FACES
+        | cells(2, 2)
+        | sizes(64, 8, 20)
+        | {"channel_mult": (1, 1, 2, 4), "num_latent_scales": 3},
         (51_296_572, 2524, 662, 314, 38),
     ),
     "celebahq_qualitative": (
-        {"image_size": 256, "num_channels_enc": 64, "num_channels_dec": 64, "channel_mult": (1, 1, 2), "num_latent_scales": 2, "num_groups_per_scale": 10, "num_latent_per_group": 20, "num_cell_per_cond_enc": 2, "num_cell_per_cond_dec": 2, "num_nf": 2, "cell": "res_mbconv", "num_x_bits": 5, "input_skip": True},
+        FACES | cells(2, 2) | sizes(64, 10, 20) | {"channel_mult": (1, 1, 2)},
         (17_789_540, 2084, 547, 259, 28),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BIG)

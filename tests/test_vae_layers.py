@@ -1,4 +1,4 @@
-"""Layers and cells: weight norm, batch norm over processes, orders of operations that were swapped."""
+"""Layers and cells: weight norm, batch norm over processes, operations in another order."""
 
 from __future__ import annotations
 

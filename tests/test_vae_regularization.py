@@ -76,5 +76,5 @@ def test_precision_is_full_under_autocast() -> None:
 def test_norm_regularizer() -> None:
     net = model()
     net[1].weight.data = torch.tensor([0.1, -2.0, 0.5, 1.0, 0.0, 1.5])
-    assert float(norm_regularizer(net)) == 3.0
+    assert norm_regularizer(net).item() == 3.0
     assert float(norm_regularizer(nn.Conv2d(1, 1, 1))) == 0

@@ -6,10 +6,10 @@ As a program it trains in a process of its own.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from lsgm.training import (
     Stage,
     StepContext,
     StepOutput,
+    TrainingInterrupted,
     World,
     distributed,
     fit,
@@ -145,7 +146,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--die-at", type=int)
-    parser.add_argument("--slow", action="store_true")
+    parser.add_argument("--nan-at", type=int, help="on the last process only")
+    parser.add_argument("--stop-at", type=int, help="SIGTERM to the last process only")
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--save", type=Path)
     args = parser.parse_args()
@@ -155,24 +157,23 @@ def main() -> None:
     def on_step(step: int) -> None:
         if step == args.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        if args.slow and step == 4 and stage.calls % 2:
-            print("ready", flush=True)
-            time.sleep(1.0)
+        if step == args.stop_at and last and stage.calls % 2:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     stage.on_step = on_step
     with distributed("cpu") as world:
+        last = world.rank == world.size - 1
+        if last:
+            stage.poison = lambda step, loss: loss * math.nan if step == args.nan_at else loss
         if world.is_main and not args.resume:
             RunFolder.create(args.out)
         run = RunFolder(args.out)
-        result = fit(
-            stage,
-            ToyBatches(world.rank, world.size),
-            TRAIN,
-            OPTIMS,
-            run,
-            resume=args.resume,
-            world=world,
-        )
+        batches = ToyBatches(world.rank, world.size)
+        try:
+            result = fit(stage, batches, TRAIN, OPTIMS, run, resume=args.resume, world=world)
+        except TrainingInterrupted as stopped:
+            print(stopped)
+            return
         if args.save is not None and world.is_main:
             torch.save(result.state.state_dict(), args.save)
         del result

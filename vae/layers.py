@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -83,7 +84,7 @@ class DepthwiseConv2d(Conv2d):
 
 
 def depthwise_conv2d(x: Tensor, kernel: Tensor) -> Tensor:
-    """Convolve each channel of ``x`` (B, C, H, W) with its own kernel, (C, 1, k, k); keeps the size."""
+    """Convolve each channel of (B, C, H, W) with its own kernel, (C, 1, k, k); keeps the size."""
     padding, groups = kernel.shape[-1] // 2, x.shape[1]
     if x.device.type != "cpu":
         return F.conv2d(x, kernel, padding=padding, groups=groups)
@@ -229,52 +230,39 @@ class _SyncBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        eps: float,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         channels = x.shape[1]
+        dtype = torch.promote_types(x.dtype, torch.float32)
         # In two passes, as E[x^2] - E[x]^2 loses the variance of a channel whose mean is large.
-        total = torch.cat(
-            [
-                x.sum((0, 2, 3), dtype=torch.float32),
-                x.new_tensor([x.numel() // channels], dtype=torch.float32),
-            ]
-        )
+        local = x.new_tensor([x.numel() // channels], dtype=dtype)
+        total = torch.cat([x.sum((0, 2, 3), dtype=dtype), local])
         dist.all_reduce(total)
         count = total[-1]
         mean = total[:-1] / count
-        var = (x - mean.view(1, -1, 1, 1)).square().sum((0, 2, 3), dtype=torch.float32)
+        var = (x - mean.view(1, -1, 1, 1)).square().sum((0, 2, 3))
         dist.all_reduce(var)
         var = var / count
         out = F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
         ctx.save_for_backward(x, weight, mean, var, count)
-        ctx.eps = eps  # type: ignore[attr-defined]
+        ctx.eps = eps
         ctx.mark_non_differentiable(mean, var, count)
         return out, mean, var, count
 
     @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, weight, mean, var, count = ctx.saved_tensors  # type: ignore[attr-defined]
-        inv_std = torch.rsqrt(var + ctx.eps)  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, mean, var, count = ctx.saved_tensors
+        inv_std = torch.rsqrt(var + ctx.eps)
         centred = x - mean.view(1, -1, 1, 1)
-        grad_bias = grad.sum((0, 2, 3), dtype=torch.float32)
-        grad_weight = (grad * centred).sum((0, 2, 3), dtype=torch.float32) * inv_std
+        grad_bias = grad.sum((0, 2, 3), dtype=mean.dtype)
+        grad_weight = (grad * centred).sum((0, 2, 3)) * inv_std
         sums = torch.stack([grad_bias, grad_weight])
         dist.all_reduce(sums)
         mean_grad, mean_product = sums / count
         scale = weight * inv_std
-        offset = scale * mean_grad
-        slope = scale * mean_product * inv_std
-        grad_x = (
-            grad * scale.view(1, -1, 1, 1)
-            - centred * slope.view(1, -1, 1, 1)
-            - offset.view(1, -1, 1, 1)
-        )
+        shift, slope = scale * mean_grad, scale * mean_product * inv_std
+        grad_x = grad * scale.view(1, -1, 1, 1)
+        grad_x = grad_x - centred * slope.view(1, -1, 1, 1) - shift.view(1, -1, 1, 1)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None
 
 

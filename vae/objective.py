@@ -44,7 +44,7 @@ def standard_normal_log_prob(eps: Tensor) -> Tensor:
 
 
 def kl_per_group(posterior: Posterior) -> Tensor:
-    """One-sample estimate of each group's KL to N(0, I), ``log q - log p``: (B, N), may be negative."""
+    """One-sample estimate ``log q - log p`` of each group's KL: (B, N), may be negative."""
     return _group_sums(posterior.log_q) - _group_sums(
         [standard_normal_log_prob(eps) for eps in posterior.eps]
     )
@@ -173,7 +173,7 @@ class ELBO:
 
 
 def elbo(vae: HierarchicalVAE, output: VAEOutput, x: Tensor) -> ELBO:
-    """Terms of the bound under the prior N(0, I) for ``x`` (B, C, R, R), with ``output = vae(x)``."""
+    """Terms of the bound under the prior N(0, I) for ``x``, where ``output = vae(x)``."""
     posterior = output.posterior
     log_q = _group_sums(posterior.log_q)
     log_p = _group_sums([standard_normal_log_prob(eps) for eps in posterior.eps])

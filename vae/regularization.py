@@ -32,7 +32,7 @@ class SpectralNormRegularizer:
     """
 
     def __init__(self, model: nn.Module, seed: int = 0) -> None:
-        self.stacks: dict[Shape, list[nn.Module]] = {}
+        self.stacks: dict[Shape, list[Conv2d | WeightNormConv2d]] = {}
         self.names: dict[Shape, list[str]] = {}
         for name, layer in model.named_modules():
             if isinstance(layer, (Conv2d, WeightNormConv2d)):
@@ -59,30 +59,15 @@ class SpectralNormRegularizer:
         """
         count = iterations or (FIRST_ITERATIONS if self.fresh else ITERATIONS)
         self.fresh = False
-        total: Tensor | float = 0.0
+        total = torch.zeros(())
         for shape, layers in self.stacks.items():
-            matrices = self._matrices(layers)
-            u, v = self._iterate(self.u[shape].to(matrices), matrices.detach(), count)
-            self.u[shape] = u
-            total = total + (u * torch.einsum("nrc,nc->nr", matrices, v)).sum()
-        return torch.as_tensor(total)
-
-    @staticmethod
-    def _matrices(layers: list[nn.Module]) -> Tensor:
-        """Effective kernels (n, r, c) of layers with equal kernel shapes, in float32."""
-        # float() outside autocast: a half-precision spectrum would be useless
-        kernels = [layer.kernel().flatten(1) for layer in layers]  # type: ignore[operator]
-        return torch.stack(kernels).float()
-
-    @staticmethod
-    @torch.no_grad()
-    def _iterate(u: Tensor, matrices: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        with torch.autocast(matrices.device.type, enabled=False):
-            v = u
-            for _ in range(count):
-                v = _normalize(torch.bmm(u[:, None], matrices)[:, 0])
-                u = _normalize(torch.bmm(matrices, v[:, :, None])[:, :, 0])
-        return u, v
+            # Half precision would spoil the vectors.
+            with torch.autocast(layers[0].weight.device.type, enabled=False):
+                matrices = torch.stack([layer.kernel().flatten(1) for layer in layers])
+                u, v = _power_iteration(self.u[shape].to(matrices), matrices.detach(), count)
+                self.u[shape] = u
+                total = total.to(matrices) + torch.einsum("nr,nrc,nc->", u, matrices, v)
+        return total
 
     def state_dict(self) -> dict[str, Any]:
         """The vectors: ``"u"`` maps ``"rows x columns"`` to (n, rows)."""
@@ -101,6 +86,15 @@ class SpectralNormRegularizer:
             raise ValueError("the power-iteration vectors belong to another model")
         self.u = {(r, c): loaded[f"{r}x{c}"] for r, c in self.u}
         self.fresh = bool(state["fresh"])
+
+
+@torch.no_grad()
+def _power_iteration(u: Tensor, matrices: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    v = u
+    for _ in range(count):
+        v = _normalize(torch.bmm(u[:, None], matrices)[:, 0])
+        u = _normalize(torch.bmm(matrices, v[:, :, None])[:, :, 0])
+    return u, v
 
 
 def norm_regularizer(model: nn.Module) -> Tensor:

@@ -2,8 +2,8 @@
 
 A torchvision wheel built for another variant of PyTorch (a CUDA build beside a CPU one) fails on
 import with "operator torchvision::nms does not exist", although its datasets, transforms and image
-grids are plain Python. Declaring the missing operator is enough for those; calling the operator itself still fails,
-as it should.
+grids are plain Python. Declaring the missing operator is enough for those; calling the operator
+itself still fails, as it should.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 r"""Solvers: from noise to data (and back) with any score, for images and latents alike.
 
-``make_solver(name, **options).solve(sde, eps_fn, x, make_grid(grid, sde, n, t_end), rng)``. A new solver is one class in one file
-and its line in ``SOLVERS``.
+``make_solver(name, **options).solve(sde, eps_fn, x, make_grid(grid, sde, n, t_end), rng)``. A new
+solver is one class in one file and its line in ``SOLVERS``.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -79,9 +79,7 @@ def make_solver(name: str, **options: Any) -> Solver:
     if name not in SOLVERS:
         raise ValueError(f"unknown solver {name!r}: choose from {', '.join(SOLVERS)}")
     factory = SOLVERS[name]
-    known = [
-        field.name for field in fields(factory.func if isinstance(factory, partial) else factory)
-    ]
+    known = list(inspect.signature(factory).parameters)
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(
             f"solver {name!r} has no option {', '.join(unknown)}: choose from {', '.join(known)}"

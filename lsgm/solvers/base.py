@@ -1,10 +1,12 @@
-r"""What every solver shares: the contract, the bookkeeping of one solve and the coefficients along a time grid.
+r"""What every solver shares: the contract, the bookkeeping of one solve and the coefficients along
+a time grid.
 
-A solver takes a linear SDE, a noise prediction ``eps(x_t, t)`` (score ``= -eps / sigma_t``) and a strictly monotone list of times,
-and moves ``x`` along it. It knows neither networks nor what ``x`` is: ``(B, D)`` and ``(B, C, H, W)`` are alike.
+A solver takes a linear SDE, a noise prediction ``eps(x_t, t)`` (score ``= -eps / sigma_t``) and a
+strictly monotone list of times, and moves ``x`` along it. It knows neither networks nor what ``x``
+is: ``(B, D)`` and ``(B, C, H, W)`` are alike.
 
-The state is kept in ``state_dtype`` (float64 unless asked otherwise); the network is called in the dtype in which ``x`` came. The
-one place that converts is :meth:`Problem.eps`.
+The state is kept in ``state_dtype`` (float64 unless asked otherwise); the network is called in the
+dtype in which ``x`` came. The one place that converts is :meth:`Problem.eps`.
 """
 
 from __future__ import annotations
@@ -44,12 +46,15 @@ class EpsFn(Protocol):
 class Hook:
     """Conditioning that any solver accepts; override one method or both.
 
-    ``adjust_eps`` changes the noise prediction (guidance); ``project`` changes the state after each step (known pixels). Gradients
-    are off during a solve: a hook that needs them uses ``torch.enable_grad()``.
+    ``adjust_eps`` changes the noise prediction (guidance); ``project`` changes the state after each
+    step (known pixels). Gradients are off during a solve: a hook that needs them uses
+    ``torch.enable_grad()``.
     """
 
     def adjust_eps(self, eps: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The noise prediction to use instead of ``eps (B, *shape)`` at ``x_t (B, *shape)``, ``t (B,)``."""
+        """The noise prediction to use instead of ``eps (B, *shape)`` at ``x_t (B, *shape)``, ``t
+        (B,)``.
+        """
         return eps
 
     def project(self, x_t: Tensor, t: Tensor, rng: Rng) -> Tensor:
@@ -61,7 +66,8 @@ class Hook:
 class Progress:
     """Where a solve stands, given to the callback after each step.
 
-    ``total`` is the number of steps; adaptive solvers, which report after each network call, do not know it (None).
+    ``total`` is the number of steps; adaptive solvers, which report after each network call, do not
+    know it (None).
     """
 
     step: int
@@ -81,7 +87,8 @@ class Solution:
     Attributes:
         x: The state at the last time, ``(B, *shape)``, in the dtype of the start.
         nfe: Number of network calls on a batch.
-        trajectory: The states at all times, ``(len(times), B, *shape)``, in the state's dtype, if asked for.
+        trajectory: The states at all times, ``(len(times), B, *shape)``, in the state's dtype, if
+            asked for.
     """
 
     x: Tensor
@@ -93,8 +100,9 @@ class Solution:
 class Schedule:
     """Coefficients of the SDE at given times, one Python float a time, computed in float64.
 
-    ``sigma_hat = sigma / m`` is the noise level of ``z / m``; ``log_snr = ln(m / sigma)`` is half the log signal-to-noise ratio
-    (``lambda`` in arXiv 2211.01095), infinite where the kernel has no variance.
+    ``sigma_hat = sigma / m`` is the noise level of ``z / m``; ``log_snr = ln(m / sigma)`` is half
+    the log signal-to-noise ratio (``lambda`` in arXiv 2211.01095), infinite where the kernel has no
+    variance.
     """
 
     t: list[float]
@@ -112,7 +120,9 @@ class Schedule:
         return cls(*(value.tolist() for value in values))
 
     def transition(self, i: int) -> tuple[float, float]:
-        """``(a, b2)`` of the forward kernel ``z_t = a z_s + sqrt(b2) e`` with ``t = times[i]`` and ``s = times[i + 1] < t``."""
+        """``(a, b2)`` of the forward kernel ``z_t = a z_s + sqrt(b2) e`` with ``t = times[i]`` and
+        ``s = times[i + 1] < t``.
+        """
         a = self.m[i] / self.m[i + 1]
         return a, max(self.sigma[i] ** 2 - (a * self.sigma[i + 1]) ** 2, 0.0)
 
@@ -139,7 +149,9 @@ class Problem:
         return len(self.times) - 1
 
     def eps(self, x: Tensor, t: float) -> Tensor:
-        """The noise prediction at state ``x (B, *shape)`` and time ``t``, in the state's dtype; counts one network call."""
+        """The noise prediction at state ``x (B, *shape)`` and time ``t``, in the state's dtype;
+        counts one network call.
+        """
         x_t = x.to(self.network_dtype)
         batch_t = torch.full((len(x),), t, dtype=self.network_dtype, device=x.device)
         eps = self.eps_fn(x_t, batch_t)
@@ -156,7 +168,9 @@ class Problem:
         return x
 
     def noise(self, x: Tensor) -> Tensor:
-        """Standard normal noise like ``x``, drawn in the network's dtype so that the state's dtype does not change it."""
+        """Standard normal noise like ``x``, drawn in the network's dtype so that the state's dtype
+        does not change it.
+        """
         return randn(x.shape, self.rng, device=x.device, dtype=self.network_dtype).to(x.dtype)
 
     def report(self, step: int, total: int | None, t: float, x: Tensor) -> None:
@@ -244,8 +258,8 @@ class Solver(ABC):
             sde: The forward SDE.
             eps_fn: The noise prediction; called in the dtype of ``x``.
             x: The state at ``times[0]``, for generation a sample of the SDE's prior.
-            times: Strictly decreasing times, ``(n + 1,)``, from 1 to a small positive time; deterministic solvers also take
-                increasing ones.
+            times: Strictly decreasing times, ``(n + 1,)``, from 1 to a small positive time;
+                deterministic solvers also take increasing ones.
             rng: Source of all noise.
             hooks: Conditioning.
             callback: Told after every step.
@@ -267,7 +281,9 @@ class StepSolver(Solver):
 
     @abstractmethod
     def _step(self, problem: Problem, i: int, x: Tensor, history: list[Tensor]) -> Tensor:
-        """The state at ``times[i + 1]`` from ``x`` at ``times[i]``; ``history`` belongs to multistep methods, newest last."""
+        """The state at ``times[i + 1]`` from ``x`` at ``times[i]``; ``history`` belongs to
+        multistep methods, newest last.
+        """
 
     def _integrate(self, problem: Problem, x: Tensor) -> list[Tensor]:
         history: list[Tensor] = []

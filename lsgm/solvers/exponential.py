@@ -1,12 +1,14 @@
 r"""Exponential integrators of the probability-flow ODE: one network call a step.
 
-The linear part of the ODE is solved exactly; what is left is an integral of the network's output, which each method extrapolates
-from earlier calls. With ``lambda = ln(m / sigma)``, ``h = lambda_s - lambda_t`` and the data prediction
-``x0 = (z - sigma eps) / m`` the exact solution from time t to time s is (arXiv 2211.01095 proposition 4.1)
+The linear part of the ODE is solved exactly; what is left is an integral of the network's output,
+which each method extrapolates from earlier calls. With ``lambda = ln(m / sigma)``, ``h = lambda_s -
+lambda_t`` and the data prediction ``x0 = (z - sigma eps) / m`` the exact solution from time t to
+time s is (arXiv 2211.01095 proposition 4.1)
 
     z_s = (sigma_s / sigma_t) z_t + sigma_s int_{lambda_t}^{lambda_s} e^lambda x0(lambda) dlambda .
 
-DPM-Solver++ and UniPC take the polynomial in ``lambda`` through the evaluations of ``x0``; UniPC corrects every step.
+DPM-Solver++ and UniPC take the polynomial in ``lambda`` through the evaluations of ``x0``; UniPC
+corrects every step.
 """
 
 from __future__ import annotations
@@ -95,7 +97,9 @@ class _DataPredictionSolver(MultistepSolver):
         return x
 
     def _weights(self, h: float, ratios: Sequence[float]) -> list[float]:
-        """``B(h) a_k`` for the divided differences (arXiv 2302.04867 theorem 3.1, with ``-h`` for data prediction)."""
+        """``B(h) a_k`` for the divided differences (arXiv 2302.04867 theorem 3.1, with ``-h`` for
+        data prediction).
+        """
         if len(ratios) < 2:
             return [0.5 * self._scale(h)] * len(ratios)  # one unknown: 1/2 to leading order
         phi, factorial, right = math.expm1(-h) / -h - 1, 1, []
@@ -114,9 +118,11 @@ class _DataPredictionSolver(MultistepSolver):
 
 @dataclass(frozen=True, kw_only=True)
 class DPMSolverPP(_DataPredictionSolver):
-    """DPM-Solver++ multistep: ``order`` 2 is "2M", 3 is "3M", 1 is DDIM (arXiv 2211.01095 algorithm 2 and appendix).
+    """DPM-Solver++ multistep: ``order`` 2 is "2M", 3 is "3M", 1 is DDIM (arXiv 2211.01095 algorithm
+    2 and appendix).
 
-    "3M" corrects its first step (see :mod:`lsgm.solvers.multistep`), without which it would not be of third order.
+    "3M" corrects its first step (see :mod:`lsgm.solvers.multistep`), without which it would not be
+    of third order.
     """
 
     corrects: ClassVar[bool] = False
@@ -128,7 +134,8 @@ class DPMSolverPP(_DataPredictionSolver):
 
 @dataclass(frozen=True, kw_only=True)
 class UniPC(_DataPredictionSolver):
-    """UniPC, multistep, data prediction (arXiv 2302.04867 algorithms 1 and 2): every step but the last is corrected.
+    """UniPC, multistep, data prediction (arXiv 2302.04867 algorithms 1 and 2): every step but the
+    last is corrected.
 
     Arguments:
         order: Of the predictor-corrector pair, 2 to 4: the paper's UniPC-p has ``order = p + 1``.

@@ -1,8 +1,8 @@
 r"""Time grids: where a solver places its steps matters as much as the solver.
 
-Each grid is a function ``(sde, n, t_end) -> times``, a strictly decreasing float64 vector of ``n + 1`` times from 1 to ``t_end``.
-Most are uniform in some monotone function of time; those without a closed inverse are inverted by bisection in float64, for any
-linear SDE.
+Each grid is a function ``(sde, n, t_end) -> times``, a strictly decreasing float64 vector of ``n +
+1`` times from 1 to ``t_end``. Most are uniform in some monotone function of time; those without a
+closed inverse are inverted by bisection in float64, for any linear SDE.
 """
 
 from __future__ import annotations
@@ -33,16 +33,20 @@ Grid = Callable[[LinearSDE, int, float], Tensor]
 
 
 def noise_level(sde: LinearSDE, t: Tensor) -> Tensor:
-    """``sigma / m`` at ``t (n,)``: the standard deviation of the noise in ``z / m``, increasing in time for every SDE."""
+    """``sigma / m`` at ``t (n,)``: the standard deviation of the noise in ``z / m``, increasing in
+    time for every SDE.
+    """
     return sde.var(t).sqrt() / sde.mean_coef(t)
 
 
 def invert(function: Callable[[Tensor], Tensor], values: Tensor, low: float, high: float) -> Tensor:
-    """The times in ``[low, high]`` at which a monotone function takes the given values, ``(n,)`` -> ``(n,)``, by bisection."""
+    """The times in ``[low, high]`` at which a monotone function takes the given values, ``(n,)`` ->
+    ``(n,)``, by bisection.
+    """
     left, right = torch.full_like(values, low), torch.full_like(values, high)
     ends = function(torch.tensor([low, high], dtype=values.dtype))
     sign = 1.0 if ends[1] >= ends[0] else -1.0
-    for _ in range(80):
+    for _ in range(60):
         middle = 0.5 * (left + right)
         below = sign * (function(middle) - values) < 0
         left, right = torch.where(below, middle, left), torch.where(below, right, middle)
@@ -50,7 +54,8 @@ def invert(function: Callable[[Tensor], Tensor], values: Tensor, low: float, hig
 
 
 def times_of_noise_levels(sde: LinearSDE, levels: Sequence[float] | Tensor) -> Tensor:
-    """The times of given noise levels ``sigma / m (n,)``, e.g. the geometric list of arXiv 1907.05600.
+    """The times of given noise levels ``sigma / m (n,)``, e.g. the geometric list of arXiv
+    1907.05600.
 
     Raises:
         ValueError: A level lies outside what the SDE reaches in ``[0, 1]``.
@@ -84,7 +89,9 @@ def uniform_log_var(sde: LinearSDE, n: int, t_end: float) -> Tensor:
 
 
 def uniform_phi(sde: LinearSDE, n: int, t_end: float) -> Tensor:
-    """Equal steps in the angle ``phi = arctan(sigma / m)``; for VP ``m = cos(phi)``, ``sigma = sin(phi)``."""
+    """Equal steps in the angle ``phi = arctan(sigma / m)``; for VP ``m = cos(phi)``, ``sigma =
+    sin(phi)``.
+    """
     return _uniform_in(lambda t: noise_level(sde, t).atan(), n, t_end)
 
 

@@ -1,8 +1,9 @@
 r"""Annealed Langevin dynamics (arXiv 1907.05600 algorithm 1).
 
-At each noise level ``sigma_i`` of a decreasing list, ``y <- y + (a_i / 2) score(y) + sqrt(a_i) e`` with ``a_i`` proportional to
-``sigma_i^2``. For any linear SDE ``y = z / m`` has exactly that law with noise ``sigma / m``, so one algorithm serves all. Within a
-level ``m`` cancels and the step is written for ``z``; between levels ``z`` is rescaled so that ``y`` stays.
+At each noise level ``sigma_i`` of a decreasing list, ``y <- y + (a_i / 2) score(y) + sqrt(a_i) e``
+with ``a_i`` proportional to ``sigma_i^2``. For any linear SDE ``y = z / m`` has exactly that law
+with noise ``sigma / m``, so one algorithm serves all. Within a level ``m`` cancels and the step is
+written for ``z``; between levels ``z`` is rescaled so that ``y`` stays.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ __all__ = ["AnnealedLangevin", "langevin_step"]
 
 
 def langevin_step(problem: Problem, x: Tensor, eps: Tensor, sigma: float, ratio: float) -> Tensor:
-    """One Langevin step of size ``a = ratio sigma^2`` in z-space: ``z - (ratio / 2) sigma eps + sqrt(ratio) sigma e``."""
+    """One Langevin step of size ``a = ratio sigma^2`` in z-space: ``z - (ratio / 2) sigma eps +
+    sqrt(ratio) sigma e``.
+    """
     return x - 0.5 * ratio * sigma * eps + math.sqrt(ratio) * sigma * problem.noise(x)
 
 
@@ -29,8 +32,8 @@ class AnnealedLangevin(Solver):
 
     Arguments:
         steps_per_level: Langevin steps at each level (the paper's T).
-        step_ratio: ``a_i / sigma_i^2``, the same at every level; the paper's ``epsilon / sigma_L^2``, whose
-            ``epsilon = 2e-5`` with ``sigma_L = 0.01`` is 0.2.
+        step_ratio: ``a_i / sigma_i^2``, the same at every level; the paper's ``epsilon /
+            sigma_L^2``, whose ``epsilon = 2e-5`` with ``sigma_L = 0.01`` is 0.2.
         denoise: End with ``z - sigma eps``, the expected data times ``m``: one more network call.
     """
 

@@ -1,16 +1,21 @@
-r"""What the multistep exponential integrators share: which evaluations a step uses, and how a solve starts.
+r"""What the multistep exponential integrators share: which evaluations a step uses, and how a solve
+starts.
 
-A method of this family replaces a slowly varying function of the network's output (the data prediction, or the residual of a
-reference) by the polynomial through its evaluations and integrates the rest exactly. It says what it evaluates and how a step
-follows from the evaluations; the rest is here.
+A method of this family replaces a slowly varying function of the network's output (the data
+prediction, or the residual of a reference) by the polynomial through its evaluations and integrates
+the rest exactly. It says what it evaluates and how a step follows from the evaluations; the rest is
+here.
 
 - A *predictor* step extrapolates from the evaluations so far (Adams-Bashforth).
-- A *corrector* repeats the step with the evaluation at its predicted end (Adams-Moulton, once). That evaluation is needed for the next
-  step anyway and is not repeated at the corrected state, so one order is gained at no extra call (arXiv 2302.04867 section 3.2).
-- The *start*: the first step knows one evaluation, so its error is O(h^2), which would leave any method at order 2. From order 3 on the
-  first step is corrected, whether or not the others are (error O(h^3), no extra call). For order 4 the first step is evaluated and
-  corrected twice (one extra call) and, when the second step has been made, once more with its evaluation: error O(h^4). With fewer
-  than ``4 order`` steps the first step is too long for this to help, and the plain start is used.
+- A *corrector* repeats the step with the evaluation at its predicted end (Adams-Moulton, once).
+  That evaluation is needed for the next step anyway and is not repeated at the corrected state, so
+  one order is gained at no extra call (arXiv 2302.04867 section 3).
+- The *start*: the first step knows one evaluation, so its error is O(h^2), which would leave any
+  method at order 2. From order 3 on the first step is corrected, whether or not the others are
+  (error O(h^3), no extra call). For order 4 the first step is evaluated and corrected twice (one
+  extra call) and, when the second step has been made, once more with its evaluation: error O(h^4).
+  With fewer than ``4 order`` steps the first step is too long for this to help, and the plain start
+  is used.
 """
 
 from __future__ import annotations
@@ -33,7 +38,8 @@ class MultistepSolver(StepSolver):
 
     Arguments:
         order: Of the method; with a corrector the predictor is one lower.
-        lower_order_final: Lower the order in the last steps (arXiv 2211.01095 appendix): steadier for very few steps.
+        lower_order_final: Lower the order in the last steps (arXiv 2211.01095 appendix): steadier
+            for very few steps.
     """
 
     order: int = 2
@@ -52,9 +58,11 @@ class MultistepSolver(StepSolver):
     def _advance(
         self, problem: Problem, i: int, x: Tensor, first: int, values: Sequence[Tensor]
     ) -> Tensor:
-        """The state at ``times[i + 1]`` from ``x`` at ``times[i]`` with the polynomial through ``values``.
+        """The state at ``times[i + 1]`` from ``x`` at ``times[i]`` with the polynomial through
+        ``values``.
 
-        The values were evaluated at ``times[first], times[first + 1], ...``, which include ``times[i]``.
+        The values were evaluated at ``times[first], times[first + 1], ...``, which include
+        ``times[i]``.
         """
 
     def evaluations(self, num_steps: int) -> int:

@@ -1,28 +1,32 @@
 r"""The Normal-reference exponential integrator.
 
-A mixed-Normal score (arXiv 2106.05931 section 3.2) says that the prior is nearly N(0, I). Under a VP-type SDE the flow of an exact
-N(0, I) is the identity, yet the usual solvers move it: a DDIM step multiplies ``z`` by ``cos(phi_s - phi_t)`` with ``m = cos phi``,
-``sigma = sin phi``, so that few steps shrink the samples. This integrator splits the Normal part off and integrates it exactly.
+A mixed-Normal score (arXiv 2106.05931 section 3.2) says that the prior is nearly N(0, I). Under a
+VP-type SDE the flow of an exact N(0, I) is the identity, yet the usual solvers move it: a DDIM step
+multiplies ``z`` by ``cos(phi_s - phi_t)`` with ``m = cos phi``, ``sigma = sin phi``, so that few
+steps shrink the samples. This integrator splits the Normal part off and integrates it exactly.
 
-With ``V = total_var``, the variance of ``z_t`` if the smoothed data were N(0, I), the optimal noise prediction is then
-``sigma z / V``. For ``alpha`` in ``[0, 1]`` write
+With ``V = total_var``, the variance of ``z_t`` if the smoothed data were N(0, I), the optimal noise
+prediction is then ``sigma z / V``. For ``alpha`` in ``[0, 1]`` write
 
     eps(z, t) = (1 - alpha) sigma z / V + R(z, t)                                        (defines R)
     dz/dt     = [f + (1 - alpha) g^2 / (2 V)] z + g^2 / (2 sigma) R(z, t) .
 
-For a mixed-Normal score with the model's ``alpha``, ``R`` is ``alpha`` times the network. From ``m' = f m`` and
-``V' = 2 f V + g^2`` the linear part has, for every linear SDE, the closed-form propagator
+For a mixed-Normal score with the model's ``alpha``, ``R`` is ``alpha`` times the network. From
+``m' = f m`` and ``V' = 2 f V + g^2`` the linear part has, for every linear SDE, the closed-form
+propagator
 
-    E(s, t) = exp int_t^s [f + (1 - alpha) g^2 / (2 V)] du = (m_s / m_t)^alpha (V_s / V_t)^((1 - alpha) / 2) ,
+    E(s, t) = exp int_t^s [f + (1 - alpha) g^2 / (2 V)] du
+            = (m_s / m_t)^alpha (V_s / V_t)^((1 - alpha) / 2) ,
 
 and variation of constants gives
 
     z_s = E(s, t) z_t + int_t^s E(s, u) g^2(u) / (2 sigma_u) R(z_u, u) du .
 
-``R`` is replaced by the Lagrange polynomial through its last evaluations in a variable ``X(t)``: an exponential Adams-Bashforth
-method with one network call a step. ``alpha = 1`` is DEIS (arXiv 2204.13902); ``alpha = 0`` is exact on N(0, I) for any step.
-Since ``R`` is never divided by ``alpha``, small values lose no digits. With a corrector the new evaluation joins the polynomial
-(as UniC does, arXiv 2302.04867), one order more at the same number of calls.
+``R`` is replaced by the Lagrange polynomial through its last evaluations in a variable ``X(t)``: an
+exponential Adams-Bashforth method with one network call a step. ``alpha = 1`` is DEIS (arXiv
+2204.13902); ``alpha = 0`` is exact on N(0, I) for any step. Since ``R`` is never divided by
+``alpha``, small values lose no digits. With a corrector the new evaluation joins the polynomial (as
+UniC does, arXiv 2302.04867), one order more at the same number of calls.
 """
 
 from __future__ import annotations
@@ -54,7 +58,8 @@ _NODES, _WEIGHTS = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss
 
 @dataclass(frozen=True)
 class StepWeights:
-    """``z_s = propagator z_t + sum_j residual[j] R_j``, float64; A is the number of values of alpha.
+    """``z_s = propagator z_t + sum_j residual[j] R_j``, float64; A is the number of values of
+    alpha.
 
     Attributes:
         propagator: ``(A,)``.
@@ -70,9 +75,14 @@ def step_weights(
 ) -> StepWeights:
     """Weights of a step from t to s with ``R`` interpolated between the times ``nodes``.
 
-    Gauss-Legendre quadrature in ``sqrt(u)``, in which ``g^2 / (2 sigma) du`` stays smooth where ``sigma`` vanishes.
+    Gauss-Legendre quadrature in ``sqrt(u)``, in which ``g^2 / (2 sigma) du`` stays smooth where
+    ``sigma`` vanishes.
 
     Arguments:
+        sde: The forward SDE.
+        t: Start of the step.
+        s: Its end.
+        nodes: The K times at which ``R`` is known.
         alpha: ``(A,)``, float64.
         variable: Name in ``EXTRAPOLATION_VARIABLES``.
     """
@@ -104,12 +114,14 @@ def _lagrange(nodes: Tensor, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class NormalReference(MultistepSolver):
-    """The Normal-reference exponential integrator of this module; ``alpha = 1`` is DEIS (tAB of arXiv 2204.13902).
+    """The Normal-reference exponential integrator of this module; ``alpha = 1`` is DEIS (tAB of
+    arXiv 2204.13902).
 
     Arguments:
         order: Of the method, 1 to 4; with a corrector 2 to 4, the predictor being one lower.
-        alpha: Weight of the non-Normal part, in [0, 1]: a number, or one per channel (a sequence, or a tensor such as the
-            ``mixing (1, C, 1, 1)`` of a mixed-Normal score). It belongs to the solver: any value gives a valid method.
+        alpha: Weight of the non-Normal part, in [0, 1]: a number, or one per channel (a sequence,
+            or a tensor such as the ``mixing (1, C, 1, 1)`` of a mixed-Normal score). It belongs to
+            the solver: any value gives a valid method.
         variable: What ``R`` is a polynomial in: a name in ``EXTRAPOLATION_VARIABLES``.
         corrector: Correct each step but the last with the evaluation at its predicted end.
     """

@@ -1,8 +1,9 @@
 r"""Runge-Kutta methods on the probability-flow ODE.
 
-In the variable ``t`` the ODE is ``dz/dt = f z + g^2 eps / (2 sigma)`` (arXiv 2011.13456 eq. 13). In the variable
-``sigma_hat = sigma / m``, with ``y = z / m``, the same ODE is ``dy / dsigma_hat = eps`` (arXiv 2206.00364 eq. 4; arXiv
-2010.02502 eq. 14): the linear part is gone, Euler is DDIM and Heun is EDM's deterministic sampler.
+In the variable ``t`` the ODE is ``dz/dt = f z + g^2 eps / (2 sigma)`` (arXiv 2011.13456 eq. 13). In
+the variable ``sigma_hat = sigma / m``, with ``y = z / m``, the same ODE is ``dy / dsigma_hat =
+eps`` (arXiv 2206.00364 eq. 4; arXiv 2010.02502 eq. 14): the linear part is gone, Euler is DDIM and
+Heun is EDM's deterministic sampler.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class _FixedStepODE(StepSolver):
     def _system(
         self, problem: Problem, i: int
     ) -> tuple[float, float, Callable[[Tensor, float], Tensor], float, float]:
-        """Start and end ``u``, the right-hand side ``(y, u) -> dy/du``, and the scales ``z / y`` at both ends."""
+        """Start and end ``u``, the right-hand side ``(y, u) -> dy/du``, and the scales ``z / y`` at
+        both ends.
+        """
         grid = problem.schedule
         if self.variable == "time":
 
@@ -137,13 +140,18 @@ def integrate_adaptive(
 ) -> Tensor:
     """Integrate ``dy/dt = function(t, y)`` with the Dormand-Prince 5(4) pair.
 
-    The whole of ``y`` is one system: its error norm is the root mean square over all entries, so the steps depend on the batch.
+    The whole of ``y`` is one system: its error norm is the root mean square over all entries, so
+    the steps depend on the batch.
 
     Arguments:
         function: Takes a 0-d float64 time and the state.
         y: The state at ``start``.
-        rtol, atol: Relative and absolute tolerance of a step.
-        backend: ``"torchdiffeq"`` (dopri5, on the device of ``y``) or ``"scipy"`` (RK45, float64 on the CPU, the published one).
+        start: The first time.
+        end: The last time, before or after the first.
+        rtol: Relative tolerance of a step.
+        atol: Absolute tolerance of a step.
+        backend: ``"torchdiffeq"`` (dopri5, on the device of ``y``) or ``"scipy"`` (RK45, float64 on
+            the CPU, the published one).
 
     Raises:
         ValueError: The backend is unknown or a tolerance not positive.
@@ -159,10 +167,12 @@ def integrate_adaptive(
         low, high = limits.min(), limits.max()
 
         def within(t: Tensor, state: Tensor) -> Tensor:
-            # The trial evaluation that sets the first step may lie far outside: the flow of a nearly Normal prior hardly moves.
+            # The trial evaluation that sets the first step may lie far outside: the flow of a
+            # nearly Normal prior hardly moves.
             return function(t.clamp(low, high), state)
 
-        # By default the last step overshoots and is interpolated, which would ask for eps at times without noise.
+        # By default the last step overshoots and is interpolated, which would ask for eps at times
+        # without noise.
         options = {"step_t": limits[1:]}
         try:
             return odeint(
@@ -189,16 +199,18 @@ def integrate_adaptive(
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveODE(Solver):
-    """Embedded Runge-Kutta 5(4) with error control (arXiv 2011.13456 section 4.3; arXiv 2106.05931 section 5).
+    """Embedded Runge-Kutta 5(4) with error control (arXiv 2011.13456 section 4.3; arXiv 2106.05931
+    section 5).
 
-    Only the first and last time count, unless hooks project the state or the trajectory is kept: then the integration stops at
-    every time. The step is shared by the batch: report the batch size with the NFE.
+    Only the first and last time count, unless hooks project the state or the trajectory is kept:
+    then the integration stops at every time. The step is shared by the batch: report the batch size
+    with the NFE.
 
     Arguments:
         rtol, atol: Relative and absolute tolerance of a step.
         backend: ``"torchdiffeq"`` or ``"scipy"``.
-        velocity_dtype: Precision of the coefficients and the velocity; None is the state's. The published sampler uses float32
-            for them (and for the two limits), float64 for the state.
+        velocity_dtype: Precision of the coefficients and the velocity; None is the state's. The
+            published sampler uses float32 for them (and for the two limits), float64 for the state.
     """
 
     order: ClassVar[int] = 5
@@ -212,8 +224,8 @@ class AdaptiveODE(Solver):
 
     def _integrate(self, problem: Problem, x: Tensor) -> list[Tensor]:
         dtype = self.velocity_dtype or self.state_dtype
-        stops = problem.times if problem.hooks or self.keep_trajectory else problem.times[[0, -1]]
-        stops = stops.to(dtype).tolist()
+        times = problem.times if problem.hooks or self.keep_trajectory else problem.times[[0, -1]]
+        stops = times.to(dtype).tolist()
 
         def velocity(t: Tensor, z: Tensor) -> Tensor:
             time, z = t.detach().to("cpu", dtype), z.to(dtype)

@@ -1,11 +1,13 @@
 r"""Predictor-corrector samplers of the reverse SDE (arXiv 2011.13456 section 4.2, algorithms 1-5).
 
-A predictor takes one step of a discretised reverse SDE and gives the mean and the standard deviation of the next state; the
-corrector then runs Langevin steps at the new time. Any pair composes and each alone is a sampler.
+A predictor takes one step of a discretised reverse SDE and gives the mean and the standard
+deviation of the next state; the corrector then runs Langevin steps at the new time. Any pair
+composes and each alone is a sampler.
 
-The discrete predictors use the exact transition ``z_t = a z_s + b e`` of the linear SDE, ``a = m_t / m_s``,
-``b^2 = sigma_t^2 - a^2 sigma_s^2``. For the VE SDE these are the published formulas; for the VP SDE ``b^2`` is the discrete chain's
-``beta_i`` (in place of its first-order value ``beta(t) dt``).
+The discrete predictors use the exact transition ``z_t = a z_s + b e`` of the linear SDE, ``a = m_t
+/ m_s``, ``b^2 = sigma_t^2 - a^2 sigma_s^2``. For the VE SDE these are the published formulas; for
+the VP SDE ``b^2`` is the discrete chain's ``beta_i`` (in place of its first-order value ``beta(t)
+dt``).
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ __all__ = ["PREDICTORS", "PredictorCorrector", "Step"]
 
 @dataclass(frozen=True)
 class Step:
-    """The law of the next state: Gaussian with this mean ``(B, *shape)`` and this standard deviation."""
+    """The law of the next state: Gaussian with this mean ``(B, *shape)`` and this standard
+    deviation.
+    """
 
     mean: Tensor
     std: float
@@ -36,7 +40,7 @@ Predictor = Callable[[Problem, int, Tensor, Tensor], Step]
 
 
 def reverse_diffusion(problem: Problem, i: int, x: Tensor, eps: Tensor) -> Step:
-    """``(2 - a) z - b^2 eps / sigma_t + b e`` (ibid. eq. 46)."""
+    """``(2 - a) z - b^2 eps / sigma_t + b e`` (ibid. appendix E)."""
     a, b2 = problem.schedule.transition(i)
     return Step((2 - a) * x - b2 / problem.schedule.sigma[i] * eps, math.sqrt(b2))
 
@@ -49,14 +53,18 @@ def euler_maruyama(problem: Problem, i: int, x: Tensor, eps: Tensor) -> Step:
 
 
 def ancestral(problem: Problem, i: int, x: Tensor, eps: Tensor) -> Step:
-    """``(z - b^2 eps / sigma_t) / a`` with the variance ``b^2 sigma_s^2 / sigma_t^2`` of ``q(z_s | z_t, z_0)`` (ibid. eq. 4 and 47)."""
+    """``(z - b^2 eps / sigma_t) / a`` with the variance ``b^2 sigma_s^2 / sigma_t^2`` of ``q(z_s |
+    z_t, z_0)`` (ibid. eq. 4 and appendix F).
+    """
     a, b2 = problem.schedule.transition(i)
     sigma, sigma_next = problem.schedule.sigma[i : i + 2]
     return Step((x - b2 / sigma * eps) / a, math.sqrt(b2) * sigma_next / sigma)
 
 
 def ancestral_large(problem: Problem, i: int, x: Tensor, eps: Tensor) -> Step:
-    """As ``ancestral``, with the larger variance ``b^2`` (``beta_i`` in arXiv 2006.11239 section 3.2)."""
+    """As ``ancestral``, with the larger variance ``b^2`` (``beta_i`` in arXiv 2006.11239 section
+    3.2).
+    """
     _, b2 = problem.schedule.transition(i)
     return Step(ancestral(problem, i, x, eps).mean, math.sqrt(b2))
 
@@ -73,15 +81,19 @@ PREDICTORS: dict[str, Predictor] = {
 class PredictorCorrector(StepSolver):
     """One predictor step to each time, then Langevin steps there.
 
-    The corrector's step is ``2 a^2 (snr |e| / |score|)^2`` (ibid. algorithms 4 and 5, whose ``alpha_i`` is ``a^2``).
+    The corrector's step is ``2 a^2 (snr |e| / |score|)^2`` (ibid. algorithms 4 and 5, whose
+    ``alpha_i`` is ``a^2``).
 
     Arguments:
-        predictor: Name in ``PREDICTORS``, or None for the corrector alone (then ``z / m`` is kept from time to time).
+        predictor: Name in ``PREDICTORS``, or None for the corrector alone (then ``z / m`` is kept
+            from time to time).
         corrector_steps: Langevin steps at each new time; 0 for the predictor alone.
         snr: Signal-to-noise ratio of the corrector's step.
-        norm: How ``|e| / |score|`` is taken: ``"image"``, each image's own, so that samples do not depend on how the batch is
-            split; ``"batch"``, of norms averaged over the batch, as published; ``"expected"``, both replaced by their expected
-            size, which gives ``sigma_t``: the one to use for data of few dimensions, where single norms may nearly vanish.
+        norm: How ``|e| / |score|`` is taken: ``"image"``, each image's own, so that samples do not
+            depend on how the batch is split; ``"batch"``, of norms averaged over the batch, as
+            published; ``"expected"``, both replaced by their expected size, which gives
+            ``sigma_t``: the one to use for data of few dimensions, where single norms may nearly
+            vanish.
         noise_scale: Factor on the predictor's noise (a temperature).
         denoise: The last step returns the predictor's mean, without noise and correction.
     """

@@ -18,11 +18,13 @@ __all__ = ["EDMChurn", "SDEDPMSolverPP"]
 
 @dataclass(frozen=True, kw_only=True)
 class SDEDPMSolverPP(StepSolver):
-    """SDE-DPM-Solver++ (arXiv 2211.01095 appendix): the reverse SDE with the data prediction linear in ``lambda``.
+    """SDE-DPM-Solver++ (arXiv 2211.01095 appendix): the reverse SDE with the data prediction linear
+    in ``lambda``.
 
     Arguments:
-        order: 2 is "2M"; 1 uses the newest evaluation alone (the ancestral sampler). Weak order, which for "2M" holds for problems
-            with a linear score (there it is measured); otherwise the prediction's dependence on the noise within a step is neglected.
+        order: 2 is "2M"; 1 uses the newest evaluation alone (the ancestral sampler). Weak order,
+            which for "2M" holds for problems with a linear score (there it is measured); otherwise
+            the prediction's dependence on the noise within a step is neglected.
     """
 
     stochastic: ClassVar[bool] = True
@@ -52,15 +54,18 @@ class SDEDPMSolverPP(StepSolver):
 
 @dataclass(frozen=True, kw_only=True)
 class EDMChurn(StepSolver):
-    """EDM's stochastic sampler (arXiv 2206.00364 algorithm 2), in ``y = z / m`` with noise ``sigma / m``.
+    """EDM's stochastic sampler (arXiv 2206.00364 algorithm 2), in ``y = z / m`` with noise ``sigma
+    / m``.
 
-    Each step first adds noise, up to a slightly earlier time, then takes a Heun step of the probability-flow ODE. The added noise
-    never leads beyond ``t = 1``.
+    Each step first adds noise, up to a slightly earlier time, then takes a Heun step of the
+    probability-flow ODE. The added noise never leads beyond ``t = 1``.
 
     Arguments:
         churn: Total amount of added noise (the paper's S_churn); 0 is the deterministic sampler.
-        churn_min, churn_max: Noise levels ``sigma / m`` between which noise is added (S_tmin, S_tmax).
-        noise: Standard deviation of the added noise relative to the exact one (S_noise); not 1 biases the samples.
+        churn_min, churn_max: Noise levels ``sigma / m`` between which noise is added (S_tmin,
+            S_tmax).
+        noise: Standard deviation of the added noise relative to the exact one (S_noise); not 1
+            biases the samples.
     """
 
     order: ClassVar[int] = 2

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -75,10 +77,18 @@ def wrap(stage: nn.Module, world: World, *, find_unused_parameters: bool = False
     """Return a module whose backward pass averages gradients over the processes (one: `stage`)."""
     if world.size == 1:
         return stage
+    # 1x1 kernels in channels-last have ambiguous strides; the copy this warns of costs nothing there.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    for buffer in stage.buffers():
+        dist.broadcast(buffer, src=0)
+    # Batch norm synchronises its statistics itself. PyTorch renames this option.
+    parameters = inspect.signature(DistributedDataParallel).parameters
+    renamed = "forward_sync_buffers" in parameters
+    sync = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     return DistributedDataParallel(
         stage,
         device_ids=None if world.device.type == "cpu" else [world.device],
-        broadcast_buffers=False,  # batch norm synchronises its statistics itself
+        **sync,  # type: ignore[arg-type]
         gradient_as_bucket_view=True,
         find_unused_parameters=find_unused_parameters,
     )

@@ -166,7 +166,8 @@ class _Trainer:
         self.world = world
         self.evaluate = evaluate
         layout = torch.channels_last if config.channels_last else torch.preserve_format
-        self.stage = stage.to(world.device, memory_format=layout).train()
+        self.stage = stage.to(world.device).train()
+        stage.to(memory_format=layout)  # type: ignore[call-overload]
         self.state = TrainState(
             stage,
             optims,
@@ -176,7 +177,8 @@ class _Trainer:
         )
         stage.use_average({name: ema.module for name, ema in self.state.ema_models().items()})
         if config.compile:
-            stage.compile()
+            for network in stage.networks():
+                network.compile()
         if world.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # batches have one shape
         unused = stage.find_unused_parameters

@@ -20,7 +20,7 @@ def _torch_adam(cls: type[Adam], parameters: list[nn.Parameter], config: OptimCo
     return cls(
         parameters,
         lr=config.lr,
-        betas=tuple(config.betas),
+        betas=(config.betas[0], config.betas[1]),
         eps=config.eps,
         weight_decay=config.weight_decay,
         fused=fused or None,
@@ -31,7 +31,7 @@ def _torch_adamax(parameters: list[nn.Parameter], config: OptimConfig) -> Optimi
     return Adamax(
         parameters,
         lr=config.lr,
-        betas=tuple(config.betas),
+        betas=(config.betas[0], config.betas[1]),
         eps=config.eps,
         weight_decay=config.weight_decay,
         foreach=True,
@@ -51,7 +51,7 @@ def _apex_adam(parameters: list[nn.Parameter], config: OptimConfig) -> Optimizer
     return fused_adam(
         parameters,
         lr=config.lr,
-        betas=tuple(config.betas),
+        betas=(config.betas[0], config.betas[1]),
         eps=config.eps,
         weight_decay=config.weight_decay,
         adam_w_mode=config.optimizer == "adamw",

@@ -75,6 +75,13 @@ class Stage(nn.Module, ABC):
     def trainables(self) -> dict[str, nn.Module]:
         """Return the sides: submodules with an optimizer, schedule, clipping and average each."""
 
+    def networks(self) -> list[nn.Module]:
+        """Return what ``train.compile`` compiles: modules called as functions. The sides by default.
+
+        The whole stage would be compiled anew for each value of a Python number in it.
+        """
+        return list(self.trainables().values())
+
     def use_average(self, averages: Mapping[str, nn.Module]) -> None:
         """Receive the averaged modules, once, before training. Nothing is done by default."""
 

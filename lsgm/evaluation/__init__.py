@@ -1,0 +1,1 @@
+"""Likelihood, pictures and reports of trained models."""

@@ -1,0 +1,214 @@
+"""The configurations of the paper's experiments, built without memory on the meta device.
+
+Expected numbers: arXiv 2106.05931, Table 7 / App. G, and the released configurations.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from lsgm.config import LSGMTrainConfig, VAETrainConfig
+from lsgm.configio import load_config
+from lsgm.data.spec import DataSpec
+from lsgm.models import build_prior, build_vae
+from vae import HierarchicalVAE
+from vae.layers import BatchNorm, Conv2d, WeightNormConv2d
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SPECS = {
+    "cifar10": DataSpec("cifar10", 3, 32, 0, binary=False),
+    "mnist": DataSpec("mnist", 1, 28, 2, binary=True),
+    "omniglot": DataSpec("omniglot", 1, 28, 2, binary=True),
+    "folder": DataSpec("folder", 3, 256, 0, binary=False),
+}
+TRAINING_IMAGES = {"cifar10": 50_000, "mnist": 60_000, "omniglot": 24_345, "celebahq256": 27_000}
+
+
+@dataclass(frozen=True)
+class FirstStage:
+    """Published structure of a VAE.
+
+    Attributes:
+        parameters: Number of values.
+        tensors: Number of parameter tensors.
+        convolutions: Convolutions that the spectral regulariser counts.
+        norms: Batch norms.
+        top: Shape of the decoder's first feature map.
+        latents: Latent channels at each side, coarsest first.
+        batch: Images per step over all GPUs.
+        epochs: Of training.
+    """
+
+    parameters: int
+    tensors: int
+    convolutions: int
+    norms: int
+    top: tuple[int, int, int]
+    latents: dict[int, int]
+    batch: int
+    epochs: int
+
+
+CIFAR10 = (100_867_740, 1434, 254, 168, (256, 16, 16), {16: 180}, 256)
+FIRST = {
+    "cifar10/vae_balanced": FirstStage(*CIFAR10, epochs=600),
+    "cifar10/vae_fid": FirstStage(*CIFAR10, epochs=400),
+    "cifar10/vae_nll": FirstStage(
+        130_622_772, 598, 130, 60, (512, 16, 16), {16: 180}, 256, epochs=400
+    ),
+    "mnist/vae": FirstStage(3_005_822, 288, 59, 48, (128, 8, 8), {8: 40}, 200, epochs=200),
+    "omniglot/vae": FirstStage(5_384_190, 373, 73, 66, (128, 16, 16), {16: 60}, 128, epochs=200),
+    "celebahq256/vae_quantitative": FirstStage(
+        51_296_572, 2524, 662, 314, (256, 32, 32), {32: 160, 64: 160, 128: 160}, 64, epochs=200
+    ),
+    "celebahq256/vae_qualitative": FirstStage(
+        17_789_540, 2084, 547, 259, (128, 64, 64), {64: 200, 128: 200}, 64, epochs=200
+    ),
+}
+
+
+@dataclass(frozen=True)
+class SecondStage:
+    """Published structure of a prior.
+
+    Attributes:
+        vae: Configuration of its first stage.
+        shape: Channels and side of its input.
+        widths: Channels of the network at each of its scales.
+        sde: Kind of the diffusion.
+        losses: Weighting and time proposal of the prior's loss, then of the encoder's.
+        training: How it is trained with the VAE.
+        mixing_init: Initial mixing logit.
+        batch: Images per step over all GPUs.
+        epochs: Of training.
+        warmup: Epochs of warm-up.
+    """
+
+    vae: str
+    shape: tuple[int, int]
+    widths: tuple[int, ...]
+    sde: str
+    losses: tuple[str, str, str, str]
+    training: str
+    mixing_init: float
+    batch: int
+    epochs: int
+    warmup: int
+
+
+SHARED = ("same", "same")
+OWN = ("likelihood", "importance")
+UNWEIGHTED = ("unweighted", "importance")
+REWEIGHTED = ("reweighted", "importance")
+SECOND = {
+    "cifar10/lsgm_balanced": SecondStage(
+        "cifar10/vae_balanced", (180, 16), (512,) * 3, "vpsde", (*UNWEIGHTED, *SHARED),
+        "joint", -3.0, 256, 1875, 5,
+    ),
+    "cifar10/lsgm_fid": SecondStage(
+        "cifar10/vae_fid", (180, 16), (512,) * 3, "vpsde", (*UNWEIGHTED, *SHARED),
+        "joint", -3.0, 256, 1875, 5,
+    ),
+    "cifar10/lsgm_nll": SecondStage(
+        "cifar10/vae_nll", (180, 16), (512,) * 3, "geometric", ("likelihood", "uniform", *SHARED),
+        "joint", -3.0, 256, 1875, 5,
+    ),
+    "mnist/lsgm": SecondStage(
+        "mnist/vae", (40, 8), (256,) * 2, "vpsde", (*OWN, *SHARED),
+        "joint", -6.0, 128, 800, 20,
+    ),
+    "omniglot/lsgm": SecondStage(
+        "omniglot/vae", (60, 16), (256,) * 3, "vpsde", (*OWN, *SHARED),
+        "joint", -6.0, 128, 1500, 20,
+    ),
+    "celebahq256/lsgm_quantitative": SecondStage(
+        "celebahq256/vae_quantitative", (160, 32), (256, 512, 512, 512), "vpsde",
+        (*REWEIGHTED, *OWN), "disjoint", -6.0, 64, 1000, 20,
+    ),
+    "celebahq256/lsgm_qualitative": SecondStage(
+        "celebahq256/vae_qualitative", (200, 64), (256, 256, 512, 512, 512), "geometric",
+        (*REWEIGHTED, *OWN), "disjoint", -6.0, 64, 1000, 20,
+    ),
+    "celebahq256/lsgm_qualitative_frozen": SecondStage(
+        "celebahq256/vae_qualitative", (200, 64), (320, 320, 640, 640, 640), "vpsde",
+        (*REWEIGHTED, *SHARED), "frozen", -6.0, 96, 1500, 20,
+    ),
+}  # fmt: skip
+
+
+def steps_per_epoch(name: str, batch: int) -> int:
+    return TRAINING_IMAGES[name.split("/")[0]] // batch
+
+
+@functools.cache
+def first_stage(name: str) -> tuple[VAETrainConfig, HierarchicalVAE]:
+    config = load_config(VAETrainConfig, CONFIGS / f"{name}.yaml")
+    with torch.device("meta"):
+        return config, build_vae(config.vae, SPECS[config.data.name])
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_first_stage(name: str) -> None:
+    expected, (config, vae) = FIRST[name], first_stage(name)
+    parameters = list(vae.parameters())
+    assert len(parameters) == expected.tensors
+    assert sum(p.numel() for p in parameters) == expected.parameters
+    modules = list(vae.modules())
+    assert sum(isinstance(m, (Conv2d, WeightNormConv2d)) for m in modules) == expected.convolutions
+    assert sum(isinstance(m, BatchNorm) for m in modules) == expected.norms
+    assert tuple(vae.decoder.top_feature.shape) == expected.top
+    latents: dict[int, int] = {}
+    for channels, height, width in vae.latent_shapes:
+        assert height == width
+        latents[height] = latents.get(height, 0) + channels
+    assert list(latents.items()) == list(expected.latents.items())
+    assert (config.train.batch_size, config.train.epochs) == (expected.batch, expected.epochs)
+    optim = config.optim_vae
+    assert optim.warmup_steps == 5 * steps_per_epoch(name, expected.batch)
+    assert (optim.optimizer, optim.lr, optim.lr_min, optim.eps) == ("adamax", 1e-2, 1e-4, 1e-3)
+    assert (optim.schedule, optim.clip_norm, optim.ema_decay) == ("published", 0, 0)
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_second_stage(name: str) -> None:
+    expected, (_, vae) = SECOND[name], first_stage(SECOND[name].vae)
+    config = load_config(LSGMTrainConfig, CONFIGS / f"{name}.yaml")
+    prior = config.prior
+    channels, side = expected.shape
+    assert vae.top_shape == (channels, side, side)
+    with torch.device("meta"):
+        score = build_prior(prior, vae)
+    network = score.network
+    assert (network.channels, network.resolution) == expected.shape
+    assert network.conv_in.weight.shape == (expected.widths[0], channels, 3, 3)
+    widths = tuple(level.blocks[-1].conv_out.weight.shape[0] for level in network.down)
+    assert widths == expected.widths
+    assert all(len(level.blocks) == 8 for level in network.down)
+    assert prior.sde.kind == expected.sde
+    losses = (prior.weighting_p, prior.proposal_p, prior.weighting_q, prior.proposal_q)
+    assert losses == expected.losses
+    assert (prior.training, prior.mixing_init) == (expected.training, expected.mixing_init)
+    assert (config.train.batch_size, config.train.epochs) == (expected.batch, expected.epochs)
+    warmup = expected.warmup * steps_per_epoch(name, expected.batch)
+    optim = config.optim_prior
+    assert optim.warmup_steps == warmup
+    assert (optim.lr, optim.eps, optim.ema_decay) == (optim.lr_min, 1e-4, 0.9999)
+    assert optim.schedule == "published"
+    if prior.training != "frozen":
+        assert config.optim_vae.warmup_steps == warmup
+        assert config.optim_vae.schedule == "published"
+
+
+def test_every_configuration_of_the_paper_is_checked() -> None:
+    found = {
+        path.relative_to(CONFIGS).with_suffix("").as_posix()
+        for folder in TRAINING_IMAGES
+        for path in (CONFIGS / folder).glob("*.yaml")
+        if "small" not in path.stem
+    }
+    assert found == {*FIRST, *SECOND}
