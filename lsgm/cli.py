@@ -19,7 +19,8 @@ _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Call `main` and exit: 0 done, 2 a user's mistake, 130 interrupted, 1 anything else.
+    """Call `main` and exit: 0 done, 2 a user's mistake, 128 + signal (130: Ctrl-C) interrupted, 1
+    anything else.
 
     A user's mistake and a full disk are one line on stderr; an unexpected exception keeps its
     traceback.
@@ -29,9 +30,9 @@ def run(main: Callable[[], None]) -> NoReturn:
     except UserError as error:
         _say(" ".join(str(error).split()))
         sys.exit(EXIT_USER_ERROR)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         _say("interrupted")
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(getattr(interrupt, "exit_code", EXIT_INTERRUPTED))
     except Exception as error:
         if not any(map(_is_full_disk, _chain(error))):
             raise

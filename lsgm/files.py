@@ -139,10 +139,7 @@ class RunFolder:
             UserError: If it already holds a run, or cannot be made.
         """
         run = cls(path)
-        if run.occupied:
-            raise UserError(
-                f"{run.path} already holds a run: continue it with --resume or choose another --out"
-            )
+        run.check(resume=False)
         run._make_folders()
         return run
 
@@ -154,12 +151,25 @@ class RunFolder:
             UserError: If there is no run.
         """
         run = cls(path)
-        if not run.occupied:
-            raise UserError(
-                f"{run.path} holds no run to continue: leave out --resume to start one there"
-            )
+        run.check(resume=True)
         run._make_folders()
         return run
+
+    def check(self, resume: bool) -> None:
+        """Do nothing if a run can start here or, with `resume`, continue here.
+
+        Raises:
+            UserError: If the folder already holds a run, or holds none to continue.
+        """
+        if resume and not self.occupied:
+            raise UserError(
+                f"{self.path} holds no run to continue: leave out --resume to start one there"
+            )
+        if not resume and self.occupied:
+            raise UserError(
+                f"{self.path} already holds a run: continue it with --resume or choose another "
+                "--out"
+            )
 
     def write_info(self, info: Mapping[str, object]) -> None:
         """Write ``run.json``: what kind of run this is and which versions made it."""

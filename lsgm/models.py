@@ -100,8 +100,8 @@ def build_prior(config: PriorConfig, vae: HierarchicalVAE) -> MixedNormalScore:
     channels, size, _ = vae.top_shape
     if size % 2 ** (config.network.num_scales - 1):
         raise UserError(
-            f"prior.network.num_scales: {config.network.num_scales} is too many for latents of side "
-            f"{size}"
+            f"prior.network.num_scales: {config.network.num_scales} is too many for latents of "
+            f"side {size}"
         )
     sde = make_sde(**asdict(config.sde))
     network = NCSNpp(channels=channels, resolution=size, **asdict(config.network))
@@ -280,13 +280,31 @@ def read_description(folder: Path) -> dict[str, Any]:
             )
             raise UserError(f"{folder}: {name} is missing ({hint})")
     try:
-        return json.loads((folder / DESCRIPTION).read_text())
-    except json.JSONDecodeError as error:
+        description = json.loads((folder / DESCRIPTION).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{folder / DESCRIPTION}: not valid JSON ({error})") from None
+    if not isinstance(description, dict):
+        raise UserError(f"{folder / DESCRIPTION}: expected a JSON object")
+    return description
+
+
+_MISFITS = (KeyError, TypeError, ValueError)
+
+
+def _misfit(folder: Path, error: Exception) -> UserError:
+    """What is wrong with a run's description, by the error that it led to."""
+    reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    return UserError(f"{folder / DESCRIPTION}: {reason}")
 
 
 def _section(cls: type, values: dict[str, Any]) -> Any:
-    """A config dataclass from plain JSON values."""
+    """A config dataclass from plain JSON values.
+
+    Raises:
+        ValueError: Values that are no mapping, or not those of the dataclass.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"expected the keys of {cls.__name__}, not {values!r}")
     converted = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return cls(**converted)
 
@@ -313,13 +331,15 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> VAEModel:
         vae_config = _section(VAEConfig, description["vae"])
         vae = build_vae(vae_config, spec)
         model: VAEModel
+        if description["kind"] not in (VAEModel.kind, LSGM.kind):
+            raise ValueError(f"unknown kind {description['kind']!r}; known are vae and lsgm")
         if description["kind"] == LSGM.kind:
             prior_config = prior_config_from(description["prior"])
             model = LSGM(vae, build_prior(prior_config, vae), spec, vae_config, prior_config)
         else:
             model = VAEModel(vae, spec, vae_config)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / DESCRIPTION}: {error}") from error
+    except _MISFITS as error:
+        raise _misfit(folder, error) from error
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
     except safetensors.SafetensorError as error:
@@ -335,6 +355,14 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> VAEModel:
 def load_data_config(folder: str | Path, root: str | None = None) -> DataConfig:
     """The data section that a run was trained with; ``root`` says where the data lie now, if
     elsewhere.
+
+    Raises:
+        UserError: The folder is not a finished run, or its description is damaged.
     """
-    data: DataConfig = _section(DataConfig, read_description(Path(folder))["data"])
+    folder = Path(folder)
+    description = read_description(folder)
+    try:
+        data: DataConfig = _section(DataConfig, description["data"])
+    except _MISFITS as error:
+        raise _misfit(folder, error) from error
     return replace(data, root=root) if root else data

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Measure speed and memory. `train`: images/s, median seconds a step and peak memory of VAE and
-LSGM steps.
+LSGM steps. `vae`: a VAE step against a plain build of the same network, its FLOP/s, and where its
+time goes.
 """
 
 import sys

@@ -191,6 +191,7 @@ def evaluate(options: EvaluateOptions) -> None:
     reports = [evaluate_run(folder, options) for folder in folders]
     print(format_table(reports))
     if options.json:
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
         atomic_write_json(Path(options.json), [report.as_dict() for report in reports])
     if options.pictures:
         curves = {

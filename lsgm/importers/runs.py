@@ -280,9 +280,7 @@ def _checked(section: Callable[..., T], values: Mapping[str, Any]) -> T:
     try:
         return section(**values)
     except (TypeError, ValueError) as error:
-        raise UserError(
-            f"checkpoint: its options do not fit a configuration ({error})"
-        ) from error
+        raise UserError(f"checkpoint: its options do not fit a configuration ({error})") from error
 
 
 FORMATS: dict[str, Callable[..., ImportedRun]] = {"official-lsgm": import_official_lsgm}

@@ -77,7 +77,7 @@ def wrap(stage: nn.Module, world: World, *, find_unused_parameters: bool = False
     """Return a module whose backward pass averages gradients over the processes (one: `stage`)."""
     if world.size == 1:
         return stage
-    # 1x1 kernels in channels-last have ambiguous strides; the copy this warns of costs nothing there.
+    # 1x1 kernels in channels-last have ambiguous strides; copying them costs nothing.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     for buffer in stage.buffers():
         dist.broadcast(buffer, src=0)

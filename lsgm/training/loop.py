@@ -6,6 +6,7 @@ A resumed run continues as if it had never stopped: a step depends on the state 
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -134,8 +135,12 @@ def fit(
             trainer.train(stop)
         if release is not None and world.is_main:
             release(trainer.state)
-    finally:
-        trainer.close()
+    except BaseException:
+        # On a full disk the logs cannot be flushed either; what stopped the run says more.
+        with contextlib.suppress(OSError):
+            trainer.close()
+        raise
+    trainer.close()
     seconds = trainer.state.counters.train_seconds
     return FitResult(trainer.state, seconds, trainer.last_evaluation)
 

@@ -48,7 +48,7 @@ def train_vae(config: VAETrainConfig, out: str | None = None, *, resume: bool = 
         UserError: The configuration does not fit the data, or the folder holds another run.
     """
     with distributed(config.train.device) as world:
-        run, datasets = _open(config, config.data, out, resume, world)
+        run, datasets = _open(config.data, Path(out or Path("runs") / config.name), resume, world)
         torch.manual_seed(config.train.seed)
         model = VAEModel(build_vae(config.vae, datasets.spec), datasets.spec, config.vae)
         stage = VAEStage(model, config.objective)
@@ -56,8 +56,8 @@ def train_vae(config: VAETrainConfig, out: str | None = None, *, resume: bool = 
             stage,
             model,
             datasets,
+            config,
             config.data,
-            config.train,
             {"vae": config.optim_vae},
             run,
             resume,
@@ -78,7 +78,7 @@ def train_lsgm(config: LSGMTrainConfig, out: str | None = None, *, resume: bool 
         raise UserError("--vae: give the folder of a finished VAE run, for example --vae runs/vae")
     with distributed(config.train.device) as world:
         first = load(config.vae_run)
-        run, datasets = _open(config, config.data, out, resume, world)
+        run, datasets = _open(config.data, Path(out or Path("runs") / config.name), resume, world)
         if isinstance(first, LSGM) or not _same_images(first, datasets):
             raise UserError(
                 f"--vae: {config.vae_run} is not a VAE of {datasets.spec.name} images of this size"
@@ -93,7 +93,7 @@ def train_lsgm(config: LSGMTrainConfig, out: str | None = None, *, resume: bool 
         optims = {"prior": config.optim_prior}
         if stage.trains_vae:
             optims["vae"] = config.optim_vae
-        _fit(stage, model, datasets, config.data, config.train, optims, run, resume, world)
+        _fit(stage, model, datasets, config, config.data, optims, run, resume, world)
     return run.path
 
 
@@ -107,41 +107,31 @@ def _same_images(model: VAEModel, datasets: Datasets) -> bool:
     )
 
 
-def _open(
-    config: VAETrainConfig | LSGMTrainConfig,
-    data: DataConfig,
-    out: str | None,
-    resume: bool,
-    world: World,
-) -> tuple[RunFolder, Datasets]:
-    """The run's folder, holding its configuration, and the data."""
+def _open(data: DataConfig, path: Path, resume: bool, world: World) -> tuple[RunFolder, Datasets]:
+    """The run's folder, not yet made but checked to be free (or to hold a run, in a resume), and
+    the data.
+    """
+    run = RunFolder(path)
+    on_main(world, lambda: run.check(resume))
     built: list[Datasets] = []
     on_main(
         world, lambda: built.append(build_datasets(data))
     )  # it downloads what is missing before the others look
-    datasets = built[0] if built else build_datasets(data)
-    path = Path(out or Path("runs") / config.name)
-
-    def prepare() -> None:
-        run = RunFolder.resume(path) if resume else RunFolder.create(path)
-        if not run.config.exists():
-            save_config(config, run.config)
-
-    on_main(world, prepare)
-    return RunFolder(path), datasets
+    return run, built[0] if built else build_datasets(data)
 
 
 def _fit(
     stage: Stage,
     model: VAEModel,
     datasets: Datasets,
+    config: VAETrainConfig | LSGMTrainConfig,
     data: DataConfig,
-    train: TrainConfig,
     optims: Mapping[str, Any],
     run: RunFolder,
     resume: bool,
     world: World,
 ) -> None:
+    train = config.train
     try:
         batches = Batches(
             datasets.train,
@@ -153,6 +143,14 @@ def _fit(
         )
     except ValueError as error:
         raise UserError(f"train.batch_size: {error}") from None
+
+    def prepare() -> None:
+        # Only now that data and model have been built: a mistake leaves no folder in the way.
+        (RunFolder.resume if resume else RunFolder.create)(run.path)
+        if not run.config.exists():
+            save_config(config, run.config)
+
+    on_main(world, prepare)
 
     def evaluate(context: EvalContext) -> Mapping[str, float]:
         averaged = with_weights(model, context.models)

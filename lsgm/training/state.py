@@ -76,7 +76,7 @@ class Stage(nn.Module, ABC):
         """Return the sides: submodules with an optimizer, schedule, clipping and average each."""
 
     def networks(self) -> list[nn.Module]:
-        """Return what ``train.compile`` compiles: modules called as functions. The sides by default.
+        """Return what ``train.compile`` compiles: modules called as functions, here the sides.
 
         The whole stage would be compiled anew for each value of a Python number in it.
         """
@@ -207,8 +207,9 @@ class TrainState:
                 self.total_steps,
                 self.steps_per_epoch,
             )
-            kind = getattr(config, "schedule", "cosine")
-            rates[name] = learning_rate(kind, schedule, self.step) * self.counters.lr_multiplier
+            rates[name] = (
+                learning_rate(config.schedule, schedule, self.step) * self.counters.lr_multiplier
+            )
             for group in side.optimizer.param_groups:
                 group["lr"] = rates[name]
         return rates

@@ -123,9 +123,7 @@ def forward(model, images):
     rng = torch.Generator().manual_seed(7)
     x = preprocess(images, SPEC, 8, rng, train=True)
     output = model.vae(x, rng=rng)
-    bits = binary_cross_entropy_with_logits(
-        output.likelihood.logits, (x + 1) / 2, reduction="none"
-    )
+    bits = binary_cross_entropy_with_logits(output.likelihood.logits, (x + 1) / 2, reduction="none")
     posterior = output.posterior
     normal = group_sums([0.5 * (e.square() + math.log(2 * math.pi)) for e in posterior.eps])
     return rng, bits.flatten(1).sum(1), posterior, group_sums(posterior.log_q), normal

@@ -9,9 +9,7 @@ import pytest
 from tiny import STEPS, STEPS_PER_EPOCH, ScriptProcess, assert_same_runs, call
 
 
-@pytest.mark.parametrize(
-    ("stage", "step"), [("vae", 2), ("vae", STEPS_PER_EPOCH + 1), ("lsgm", 7)]
-)
+@pytest.mark.parametrize(("stage", "step"), [("vae", 2), ("vae", STEPS_PER_EPOCH + 1), ("lsgm", 7)])
 def test_a_killed_run_goes_on_bit_for_bit(tiny, tmp_path, stage, step):
     out = tmp_path / "run"
     process = ScriptProcess(tiny.command(stage, out), tmp_path / "log")

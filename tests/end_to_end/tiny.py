@@ -26,7 +26,7 @@ import torch
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 14
-STEPS_PER_EPOCH = 11  # 1,437 images in batches of 128: the run ends in its second epoch
+STEPS_PER_EPOCH = 11  # 1,438 images in batches of 128: the run ends in its second epoch
 LAST_CHECKPOINT = f"step_{STEPS:08d}.pt"
 CANNOT_MOUNT = 77
 CLOCKS = ("time", "train_seconds", "images_per_second")

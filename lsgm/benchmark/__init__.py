@@ -1,0 +1,16 @@
+"""Speed and memory, measured; every command prints medians of one go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from lsgm.benchmark.training import train_command
+from lsgm.benchmark.vae import vae_command
+
+__all__ = ["COMMANDS"]
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train_command,
+    "vae": vae_command,
+}
+"""Benchmarks by name; a new one is one function over its arguments and its line here."""
