@@ -31,7 +31,6 @@ demo: $(STAMP) ## train, evaluate and sample on handwritten digits: minutes on a
 	$(BIN)/python scripts/train_lsgm.py --config configs/digits/lsgm.yaml \
 		--vae $(RUNS)/demo-vae --out $(RUNS)/demo-lsgm
 	$(BIN)/python scripts/evaluate.py --run $(RUNS)/demo-vae $(RUNS)/demo-lsgm --samples 10 \
-		--sampling.solver normal_reference --sampling.nfe 10 \
 		--pictures $(RUNS)/demo --json $(RUNS)/demo/report.json | tee $(RUNS)/demo.md
 	@echo "table: $(RUNS)/demo.md  pictures: $(RUNS)/demo/"
 

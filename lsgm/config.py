@@ -436,3 +436,9 @@ class LSGMTrainConfig:
     """The prior's optimizer."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The training loop."""
+
+    def __post_init__(self) -> None:
+        _require(
+            not self.prior.update_q_ema or self.optim_prior.ema_decay > 0,
+            "prior.update_q_ema: needs optim_prior.ema_decay above 0",
+        )

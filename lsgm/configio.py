@@ -131,7 +131,7 @@ def take_data_from_vae_run(config: LSGMTrainConfig, options: dict[str, Any]) -> 
     run.
 
     Raises:
-        UserError: If no VAE run is named, or it is not one.
+        UserError: If no run is named, or it is not one.
     """
     run = options.get(VAE_RUN.name) or config.vae_run
     if run is None:
@@ -139,10 +139,7 @@ def take_data_from_vae_run(config: LSGMTrainConfig, options: dict[str, Any]) -> 
     config = dataclasses.replace(config, vae_run=str(run))
     if config.data is not None:
         return config
-    vae_config = load_run_config(run)
-    if not isinstance(vae_config, VAETrainConfig):
-        raise UserError(f"--vae: {run} is the run of an LSGM, not of a VAE")
-    return dataclasses.replace(config, data=vae_config.data)
+    return dataclasses.replace(config, data=load_run_config(run).data)
 
 
 def parse_command_line(

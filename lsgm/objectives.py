@@ -312,6 +312,7 @@ def prior_losses(
             sde, network_q, z0, t, eps, lambda error: weight_q * factor(error), keep_graph=shared
         )
     elif trains_encoder:
+        assert not callable(balance)
         source = scale_gradient(z0, balance * weight_q / weight(weighting_p, times))
         _, error = denoising_score_matching(sde, eps_fn, source, t, eps)
     else:

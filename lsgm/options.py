@@ -13,9 +13,9 @@ __all__ = ["EvaluateOptions", "SampleOptions", "SolverOptions", "require_run"]
 class SolverOptions:
     """How the latent prior is sampled."""
 
-    solver: str = "dopri5"
-    """Solver by name: dopri5 (adaptive), euler, heun, ... (lsgm.solvers.SOLVERS)."""
-    nfe: int = 20
+    solver: str = "normal_reference_pc"
+    """Solver by name: normal_reference_pc, dopri5 (adaptive), heun, ddim, ... (lsgm.solvers.SOLVERS)."""
+    nfe: int = 10
     """Network evaluations per batch; adaptive solvers choose their own number."""
     grid: str | None = None
     """Time grid of solvers with fixed steps, by name (lsgm.solvers.GRIDS). None: the solver's own.

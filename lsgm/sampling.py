@@ -33,9 +33,6 @@ class Samples:
     nfe: float
 
 
-ADAPTIVE = ("dopri5", "rk45")
-
-
 def choose_solver(model: LSGM, options: SolverOptions) -> tuple[Solver, Tensor]:
     """The solver of ``options`` and its time grid.
 
@@ -43,10 +40,10 @@ def choose_solver(model: LSGM, options: SolverOptions) -> tuple[Solver, Tensor]:
         UserError: The solver or the grid is unknown, or cannot use so few evaluations.
     """
     try:
-        if options.solver in ADAPTIVE:
+        solver = make_solver(options.solver)
+        if solver.evaluations(1) is None:
             solver = make_solver(options.solver, rtol=options.tolerance, atol=options.tolerance)
             return solver, torch.tensor([1.0, options.t_end], dtype=torch.float64)
-        solver = make_solver(options.solver)
         grid = options.grid or solver.default_grid
         return solver, make_grid(grid, model.sde, solver.steps_for(options.nfe), options.t_end)
     except ValueError as error:

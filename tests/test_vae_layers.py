@@ -43,6 +43,26 @@ def test_weight_norm_starts_as_the_plain_convolution() -> None:
     torch.testing.assert_close(conv.kernel(), conv.weight, rtol=0.05, atol=0)
 
 
+def test_depthwise_convolution_in_bfloat16_keeps_its_gradients() -> None:
+    """Against float32 on the same rounded inputs: output and input gradient to the format's
+    precision, the kernel's gradient, which is taken in float32, far closer.
+    """
+    torch.manual_seed(0)
+    kernel = torch.randn(16, 1, 5, 5)
+    x, grad = torch.randn(2, 16, 9, 8).bfloat16(), torch.randn(2, 16, 9, 8).bfloat16()
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        x_leaf, k_leaf = x.to(dtype).requires_grad_(), kernel.clone().requires_grad_()
+        out = depthwise_conv2d(x_leaf, k_leaf)
+        out.backward(grad.to(dtype))
+        assert out.dtype == x_leaf.grad.dtype == dtype
+        assert k_leaf.grad.dtype == torch.float32
+        results.append([out.float(), x_leaf.grad.float(), k_leaf.grad])
+    half, full = results
+    errors = [((a - b).norm() / b.norm()).item() for a, b in zip(half, full, strict=True)]
+    assert errors[0] < 2**-8 and errors[1] < 2**-8 and errors[2] < 1e-6
+
+
 def test_depthwise_convolution_is_the_grouped_one() -> None:
     conv = DepthwiseConv2d(6, 5)
     x = torch.randn(2, 6, 7, 8)

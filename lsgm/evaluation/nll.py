@@ -26,15 +26,15 @@ __all__ = ["Estimate", "LikelihoodReport", "evaluation_batches", "iw_bound", "ne
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over images with its standard error, both in nats an image."""
+    """A mean over images with its standard error, both in nats an image (None: a single image)."""
 
     mean: float
-    standard_error: float
+    standard_error: float | None
 
     @classmethod
     def of(cls, values: Tensor) -> Estimate:
         """From one value per image, ``(N,)``."""
-        spread = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        spread = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
         return cls(values.mean().item(), spread)
 
 

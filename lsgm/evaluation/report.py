@@ -246,7 +246,8 @@ def format_table(reports: Sequence[RunReport]) -> str:
 
 
 def _format(estimate: Estimate) -> str:
-    return f"{estimate.mean:.2f} +- {estimate.standard_error:.2f}"
+    error = "?" if estimate.standard_error is None else f"{estimate.standard_error:.2f}"
+    return f"{estimate.mean:.2f} +- {error}"
 
 
 def _difference(bound: LikelihoodReport, first: LikelihoodReport) -> str:

@@ -37,19 +37,19 @@ def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
             device = torch.device(name)
         except RuntimeError:
             raise UserError(
-                f"train.device: no device {name!r}; try auto, cpu, cuda, cuda:1, mps"
+                f"device: no device {name!r}; try auto, cpu, cuda, cuda:1, mps"
             ) from None
     if device.type == "cpu":
         return torch.device("cpu")
     if accelerator is None or accelerator.type != device.type:
         here = "none" if accelerator is None else accelerator.type
         raise UserError(
-            f"train.device: {name} is not available here (accelerator: {here}); use cpu or auto"
+            f"device: {name} is not available here (accelerator: {here}); use cpu or auto"
         )
     index = local_rank if device.index is None else device.index
     if index >= torch.accelerator.device_count():
         raise UserError(
-            f"train.device: {device.type}:{index} is not available, this machine has "
+            f"device: {device.type}:{index} is not available, this machine has "
             f"{torch.accelerator.device_count()} {device.type} device(s)"
         )
     return torch.device(device.type, index)

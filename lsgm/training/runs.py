@@ -34,7 +34,7 @@ from vae.objective import active_channels, kl_per_channel
 
 __all__ = ["train_lsgm", "train_vae"]
 
-MONITOR = SolverOptions(solver="heun", nfe=40, batch_size=64, t_end=1e-3)
+MONITOR = SolverOptions(batch_size=64)
 """How sample grids are drawn during training."""
 
 MAX_SCAN_BATCHES = 1001
@@ -79,7 +79,12 @@ def train_lsgm(config: LSGMTrainConfig, out: str | None = None, *, resume: bool 
     with distributed(config.train.device) as world:
         first = load(config.vae_run)
         run, datasets = _open(config.data, Path(out or Path("runs") / config.name), resume, world)
-        if isinstance(first, LSGM) or not _same_images(first, datasets):
+        if isinstance(first, LSGM) and config.prior.training != "frozen":
+            raise UserError(
+                f"--vae: {config.vae_run} is the run of an LSGM, not of a VAE; only a frozen VAE "
+                "(prior.training frozen) is taken from one"
+            )
+        if not _same_images(first, datasets):
             raise UserError(
                 f"--vae: {config.vae_run} is not a VAE of {datasets.spec.name} images of this size"
             )
@@ -114,9 +119,8 @@ def _open(data: DataConfig, path: Path, resume: bool, world: World) -> tuple[Run
     run = RunFolder(path)
     on_main(world, lambda: run.check(resume))
     built: list[Datasets] = []
-    on_main(
-        world, lambda: built.append(build_datasets(data))
-    )  # it downloads what is missing before the others look
+    # The main process downloads what is missing before the others look.
+    on_main(world, lambda: built.append(build_datasets(data)))
     return run, built[0] if built else build_datasets(data)
 
 
@@ -215,7 +219,7 @@ def _evaluate(
     assert report.reconstruction is not None and report.kl is not None
     return {
         "nelbo": report.nats.mean,
-        "nelbo_standard_error": report.nats.standard_error,
+        "nelbo_standard_error": report.nats.standard_error or 0.0,
         "reconstruction": report.reconstruction.mean,
         "kl": report.kl.mean,
     }
