@@ -14,7 +14,7 @@ class SolverOptions:
     """How the latent prior is sampled."""
 
     solver: str = "normal_reference_pc"
-    """Solver by name: normal_reference_pc, dopri5 (adaptive), heun, ddim, ... (lsgm.solvers.SOLVERS)."""
+    """Solver by name: normal_reference_pc, dopri5 (adaptive), heun, ... (lsgm.solvers.SOLVERS)."""
     nfe: int = 10
     """Network evaluations per batch; adaptive solvers choose their own number."""
     grid: str | None = None

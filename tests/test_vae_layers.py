@@ -22,6 +22,7 @@ from vae.layers import (
     DepthwiseConv2d,
     SqueezeExcitation,
     WeightNormConv2d,
+    depthwise_conv2d,
     soft_clamp,
 )
 
