@@ -30,7 +30,8 @@ demo: $(STAMP) ## train, evaluate and sample on handwritten digits: minutes on a
 	$(BIN)/python scripts/train_vae.py --config configs/digits/vae.yaml --out $(RUNS)/demo-vae
 	$(BIN)/python scripts/train_lsgm.py --config configs/digits/lsgm.yaml \
 		--vae $(RUNS)/demo-vae --out $(RUNS)/demo-lsgm
-	$(BIN)/python scripts/evaluate.py --run $(RUNS)/demo-vae $(RUNS)/demo-lsgm --samples 10 \
+	$(BIN)/python scripts/evaluate.py --run $(RUNS)/demo-vae $(RUNS)/demo-lsgm \
+		--metrics nelbo normal --samples 10 \
 		--pictures $(RUNS)/demo --json $(RUNS)/demo/report.json | tee $(RUNS)/demo.md
 	@echo "table: $(RUNS)/demo.md  pictures: $(RUNS)/demo/"
 

@@ -70,7 +70,7 @@ class EvaluateOptions:
     run: tuple[str, ...] = ()
     """Folders of the runs to put in the table."""
     metrics: tuple[str, ...] = ("nelbo",)
-    """Bounds: nelbo, iw (N(0, I) prior), ode (score-based prior by its probability-flow ODE)."""
+    """Bounds: nelbo; normal (an LSGM's own VAE under N(0, I)); iw (a VAE run); ode (an LSGM)."""
     split: str = "test"
     """test or train."""
     json: str | None = None

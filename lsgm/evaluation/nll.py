@@ -21,7 +21,15 @@ from lsgm.likelihood import ode_log_density
 from lsgm.models import LSGM, NELBO, VAEModel
 from vae.objective import bits_per_dim, importance_weighted_bound, standard_normal_log_prob
 
-__all__ = ["Estimate", "LikelihoodReport", "evaluation_batches", "iw_bound", "nelbo", "ode_nelbo"]
+__all__ = [
+    "Estimate",
+    "LikelihoodReport",
+    "evaluation_batches",
+    "iw_bound",
+    "nelbo",
+    "normal_nelbo",
+    "ode_nelbo",
+]
 
 
 @dataclass(frozen=True)
@@ -152,6 +160,13 @@ def nelbo(
     return values.report(
         model, f"NELBO, {prior}", estimator, start, samples=samples, seed=seed, **settings
     )
+
+
+def normal_nelbo(model: LSGM, batches: Iterator[Tensor], **options: Any) -> LikelihoodReport:
+    """:func:`nelbo` of an LSGM's own VAE under N(0, I): what the same weights give without the
+    score-based prior.
+    """
+    return nelbo(VAEModel(model.vae, model.spec, model.vae_config), batches, **options)
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from lsgm.evaluation.nll import (
     evaluation_batches,
     iw_bound,
     nelbo,
+    normal_nelbo,
     ode_nelbo,
 )
 from lsgm.files import atomic_write_json
@@ -48,7 +49,12 @@ __all__ = [
 
 Metric = Callable[..., LikelihoodReport]
 
-METRICS: dict[str, Metric] = {"nelbo": nelbo, "iw": iw_bound, "ode": ode_nelbo}
+METRICS: dict[str, Metric] = {
+    "nelbo": nelbo,
+    "normal": normal_nelbo,
+    "iw": iw_bound,
+    "ode": ode_nelbo,
+}
 """Likelihood bounds by name; a new one is one function over (model, batches) and its line here."""
 
 
@@ -108,15 +114,15 @@ def evaluate_run(folder: Path, options: EvaluateOptions) -> RunReport:
 
 
 def applies(name: str, model: VAEModel) -> bool:
-    """Whether a metric is defined for a model: ``iw`` needs the prior N(0, I), ``ode`` a
-    score-based one.
+    """Whether a metric is defined for a model: ``iw`` needs the prior N(0, I),
+    ``normal`` and ``ode`` a score-based one.
 
     Raises:
         UserError: There is no metric of this name.
     """
     if name not in METRICS:
         raise UserError(f"--metrics: unknown metric {name}; known are {', '.join(METRICS)}")
-    return name == "nelbo" or (name == "ode") == isinstance(model, LSGM)
+    return name == "nelbo" or (name != "iw") == isinstance(model, LSGM)
 
 
 def _run_metric(
@@ -140,6 +146,7 @@ def _run_metric(
     )
     settings: dict[str, Any] = {
         "nelbo": {"samples": options.samples},
+        "normal": {"samples": options.samples},
         "iw": {"k": options.k},
         "ode": {"tolerance": options.tolerance},
     }[name]
