@@ -26,10 +26,14 @@ $(STAMP): setup.py pyproject.toml
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest -q $(TESTS)
 
+# A second call continues what is there.
+resume = $(if $(wildcard $(RUNS)/$(1)/config.yaml),--resume)
+
 demo: $(STAMP) ## train, evaluate and sample on handwritten digits: minutes on a CPU
-	$(BIN)/python scripts/train_vae.py --config configs/digits/vae.yaml --out $(RUNS)/demo-vae
+	$(BIN)/python scripts/train_vae.py --config configs/digits/vae.yaml \
+		--out $(RUNS)/demo-vae $(call resume,demo-vae)
 	$(BIN)/python scripts/train_lsgm.py --config configs/digits/lsgm.yaml \
-		--vae $(RUNS)/demo-vae --out $(RUNS)/demo-lsgm
+		--vae $(RUNS)/demo-vae --out $(RUNS)/demo-lsgm $(call resume,demo-lsgm)
 	$(BIN)/python scripts/evaluate.py --run $(RUNS)/demo-vae $(RUNS)/demo-lsgm \
 		--metrics nelbo normal --samples 10 \
 		--pictures $(RUNS)/demo --json $(RUNS)/demo/report.json | tee $(RUNS)/demo.md
