@@ -36,7 +36,8 @@ demo: $(STAMP) ## train, evaluate and sample on handwritten digits: minutes on a
 		--vae $(RUNS)/demo-vae --out $(RUNS)/demo-lsgm $(call resume,demo-lsgm)
 	$(BIN)/python scripts/evaluate.py --run $(RUNS)/demo-vae $(RUNS)/demo-lsgm \
 		--metrics nelbo normal --samples 10 \
-		--pictures $(RUNS)/demo --json $(RUNS)/demo/report.json | tee $(RUNS)/demo.md
+		--pictures $(RUNS)/demo --json $(RUNS)/demo/report.json > $(RUNS)/demo.md
+	@cat $(RUNS)/demo.md
 	@echo "table: $(RUNS)/demo.md  pictures: $(RUNS)/demo/"
 
 lint: $(STAMP) ## check style without changing anything
