@@ -20,7 +20,7 @@ install: $(STAMP) ## make the virtual environment (.venv)
 $(STAMP): setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' ruff
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' ruff==0.17.6
 	touch $@
 
 test: $(STAMP) ## run the tests

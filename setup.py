@@ -13,7 +13,7 @@ EXTRAS = {
     "data": ["pillow", "scikit-learn", "scipy", "torchvision"],
     "demo": ["gradio"],
     "test": ["pytest"],
-    "dev": ["pytest", "ruff", "mypy", "pre-commit"],
+    "dev": ["pytest", "ruff==0.17.6", "mypy", "pre-commit"],
 }
 
 setup(
