@@ -53,7 +53,8 @@ def test_depthwise_convolution_in_bfloat16_keeps_its_gradients() -> None:
     x, grad = torch.randn(2, 16, 9, 8).bfloat16(), torch.randn(2, 16, 9, 8).bfloat16()
     results = []
     for dtype in (torch.bfloat16, torch.float32):
-        x_leaf, k_leaf = x.to(dtype).requires_grad_(), kernel.clone().requires_grad_()
+        x_leaf = x.to(dtype, copy=True).requires_grad_()
+        k_leaf = kernel.clone().requires_grad_()
         out = depthwise_conv2d(x_leaf, k_leaf)
         out.backward(grad.to(dtype))
         assert out.dtype == x_leaf.grad.dtype == dtype

@@ -278,7 +278,7 @@ def test_wrong_evaluations(tiny, tmp_path):
     call("sample", "--run", tmp_path / "none").error(2, str(tmp_path / "none"), "no such")
     call("evaluate", "--run", tmp_path, "--device", "cpu").error(2, str(tmp_path), "not a run")
     evaluate = ("evaluate", "--run", tiny.vae, "--limit", 4, "--device", "cpu")
-    call(*evaluate, "--metrics", "magic").error(2, "--metrics", "magic", "nelbo, iw, ode")
+    call(*evaluate, "--metrics", "magic").error(2, "--metrics", "magic", "nelbo, normal, iw, ode")
     call(*evaluate, "--k", "0").error(2, "k:", "positive")
     call(*evaluate, "--split", "validation").error(2, "split", "test or train")
 
