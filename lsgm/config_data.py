@@ -1,0 +1,225 @@
+"""Typed configuration of score models in data space and of classifiers: the schema only.
+
+NCSN (arXiv 1907.05600, 2006.09011) and score-SDE models (arXiv 2011.13456) share one tree with the
+classifiers that guide or judge them; :mod:`lsgm.config` says how such a tree is read and checked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lsgm.config import (
+    DataConfig,
+    OptimConfig,
+    PriorNetworkConfig,
+    SDEConfig,
+    TrainConfig,
+    _require,
+    _require_non_negative,
+    _require_positive,
+)
+
+__all__ = [
+    "ClassifierConfig",
+    "LadderConfig",
+    "NCSNTrainConfig",
+    "RefineNetConfig",
+    "SamplerConfig",
+    "ScoreModelConfig",
+    "ScoreObjectiveConfig",
+]
+
+
+@dataclass(frozen=True)
+class RefineNetConfig:
+    """The network of NCSN: a RefineNet with dilated convolutions."""
+
+    num_channels: int = 32
+    """Width of the first stage, in channels; later stages have twice as many."""
+    normalization: Literal["conditional", "plain"] = "conditional"
+    """Instance norm with weights of its own for each noise level (1907.05600), or without
+    (2006.09011, the output is divided by sigma)."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "num_channels")
+
+
+@dataclass(frozen=True)
+class LadderConfig:
+    """ncsn only: the noise levels, a geometric sequence."""
+
+    sigma_max: float | None = 1.0
+    """Largest noise. None: the largest distance between training images (2006.09011, tech. 1)."""
+    sigma_min: float = 0.01
+    """Smallest noise, in units of the data range."""
+    levels: int | None = 10
+    """Number of noise levels. None: from the number of pixels (2006.09011, technique 2)."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "sigma_max sigma_min")
+        _require(
+            self.sigma_max is None or self.sigma_min < self.sigma_max,
+            "sigma_min: must be below sigma_max",
+        )
+        _require(
+            self.levels is None or self.levels >= 2,
+            f"levels: must be at least 2, not {self.levels}",
+        )
+
+
+def _data_network() -> PriorNetworkConfig:
+    return PriorNetworkConfig(num_channels=32, num_scales=3, num_cells_per_scale=1)
+
+
+def _data_sde() -> SDEConfig:
+    return SDEConfig(kind="vpsde", time_eps=1e-5)
+
+
+@dataclass(frozen=True)
+class ScoreModelConfig:
+    """The score model: what it diffuses, and the network that predicts the noise."""
+
+    network: Literal["ncsnpp", "refinenet"] = "ncsnpp"
+    """The network: a U-net (NCSN++ or DDPM++, by the options of ncsnpp), or NCSN's RefineNet."""
+    ncsnpp: PriorNetworkConfig = field(default_factory=_data_network)
+    """network ncsnpp: its sizes."""
+    refinenet: RefineNetConfig = field(default_factory=RefineNetConfig)
+    """network refinenet: its sizes."""
+    sde: SDEConfig = field(default_factory=_data_sde)
+    """score_sde only: the diffusion of the images."""
+    ladder: LadderConfig = field(default_factory=LadderConfig)
+    """ncsn only: the noise levels."""
+    data_range: Literal["unit", "symmetric"] = "symmetric"
+    """Pixels as the diffusion sees them: unit is [0, 1], symmetric is [-1, 1]."""
+    condition: Literal["time", "log_sigma"] = "time"
+    """network ncsnpp: conditioned on the time in [0, 1], or on ln(sigma / m) / 4."""
+    data_std: float = 0.5
+    """Standard deviation of the data that the scaling of the network's input assumes (0: off)."""
+    class_conditional: bool = False
+    """The network is told the class of an image, which the dataset must know."""
+
+    def __post_init__(self) -> None:
+        _require_non_negative(self, "data_std")
+        _require(
+            not self.class_conditional or self.network == "ncsnpp",
+            "class_conditional: network refinenet takes no class",
+        )
+
+
+@dataclass(frozen=True)
+class ScoreObjectiveConfig:
+    """How the score model is trained."""
+
+    estimator: Literal["dsm", "ssm", "ssm_vr"] = "dsm"
+    """Denoising score matching; sliced score matching, plain or with its variance reduced."""
+    projections: int = 1
+    """ssm, ssm_vr: random projections per image."""
+    weighting: Literal["likelihood", "unweighted", "reweighted", "rescaled"] = "unweighted"
+    """score_sde: weight of the squared error of the noise over time. (ncsn: sigma^2 of the score,
+    which is unweighted.)"""
+    proposal: Literal["uniform", "importance", "optimal"] = "uniform"
+    """score_sde: training times: uniform, importance-sampled for the weighting, or optimal."""
+    stratified_times: bool = True
+    """Spread the times of a batch evenly over the proposal: less variance, same mean."""
+    dequantise: bool = True
+    """Train on (255 x + u) / 256 with u uniform in [0, 1), a density over all of the range."""
+    label_dropout: float = 0.1
+    """score.class_conditional: fraction of images whose class is hidden (classifier-free guidance)."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "projections")
+        _require(
+            0.0 <= self.label_dropout <= 1.0,
+            f"label_dropout: must lie in [0, 1], not {self.label_dropout}",
+        )
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """The sampler that a run recommends, and that draws the grids during training."""
+
+    solver: str | None = None
+    """Solver by name. None: langevin for ncsn, predictor_corrector for score_sde."""
+    nfe: int | None = None
+    """Network evaluations. None: 100 Langevin steps a level (ncsn), 200 (score_sde)."""
+    grid: str | None = None
+    """Time grid by name. None: the noise levels (ncsn), the solver's own (score_sde)."""
+    t_end: float | None = None
+    """Last time. None: 0 (ncsn), score.sde.time_eps but at least 1e-3 (score_sde)."""
+    step_ratio: float = 0.2
+    """langevin: step size over sigma^2 (epsilon / sigma_L^2 of 1907.05600)."""
+    snr: float = 0.16
+    """predictor_corrector: signal-to-noise ratio of the corrector's step."""
+    denoise: bool = True
+    """langevin, predictor_corrector: end with a step that only removes noise."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "nfe step_ratio snr")
+        _require(
+            self.t_end is None or 0.0 <= self.t_end < 1.0,
+            f"t_end: must lie in [0, 1), not {self.t_end}",
+        )
+        _require(self.step_ratio < 4, f"step_ratio: must be below 4, not {self.step_ratio}")
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """A classifier: of noisy images, to guide a sampler, or of clean ones, to judge its images."""
+
+    noise_conditional: bool = False
+    """Train on images noised at uniform times under score.sde, given the time."""
+    num_channels: int = 32
+    """Width at the finest resolution, in channels; doubled at each halving."""
+    num_scales: int = 3
+    """Resolutions; each halves the previous one."""
+    num_cells_per_scale: int = 1
+    """Residual blocks per resolution."""
+    dropout: float = 0.0
+    """Probability that a feature is dropped in training."""
+    label_smoothing: float = 0.0
+    """Probability spread evenly over the wrong classes in the training target."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "num_channels num_scales num_cells_per_scale")
+        for name in ("dropout", "label_smoothing"):
+            value = getattr(self, name)
+            _require(0.0 <= value < 1.0, f"{name}: must lie in [0, 1), not {value}")
+
+
+def _score_optimizer() -> OptimConfig:
+    return OptimConfig(
+        optimizer="adam", lr=1e-3, lr_min=1e-5, eps=1e-8, weight_decay=0.0, ema_decay=0.999,
+        warmup_steps=100, clip_norm=1.0,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class NCSNTrainConfig:
+    """Train a score model in data space (NCSN, score-SDE), or a classifier to guide or judge it."""
+
+    name: str = "ncsn"
+    """Name of the run; its folder is runs/NAME unless --out says otherwise."""
+    kind: Literal["ncsn", "score_sde", "classifier"] = "ncsn"
+    """ncsn: discrete noise levels and Langevin dynamics (1907.05600); score_sde: a diffusion in
+    continuous time (2011.13456); classifier: labels of images."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Images; never binarised here, and without padding."""
+    score: ScoreModelConfig = field(default_factory=ScoreModelConfig)
+    """The score model (classifier: its sde and data_range are those of the noise)."""
+    objective: ScoreObjectiveConfig = field(default_factory=ScoreObjectiveConfig)
+    """ncsn, score_sde: the training objective."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """ncsn, score_sde: the recommended sampler."""
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    """classifier: the network."""
+    optim: OptimConfig = field(default_factory=_score_optimizer)
+    """The optimizer."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The training loop."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.kind != "score_sde" or self.score.network == "ncsnpp",
+            "score.network: refinenet has discrete noise levels; kind score_sde needs ncsnpp",
+        )
