@@ -92,6 +92,8 @@ class ScoreModelConfig:
     """ncsn only: the noise levels."""
     data_range: Literal["unit", "symmetric"] = "symmetric"
     """Pixels as the diffusion sees them: unit is [0, 1], symmetric is [-1, 1]."""
+    dequantise: bool = True
+    """Diffuse (255 x + u) / 256 with u uniform in [0, 1): 8-bit images as a density."""
     condition: Literal["time", "log_sigma"] = "time"
     """network ncsnpp: conditioned on the time in [0, 1], or on ln(sigma / m) / 4."""
     data_std: float = 0.5
@@ -122,10 +124,9 @@ class ScoreObjectiveConfig:
     """score_sde: training times: uniform, importance-sampled for the weighting, or optimal."""
     stratified_times: bool = True
     """Spread the times of a batch evenly over the proposal: less variance, same mean."""
-    dequantise: bool = True
-    """Train on (255 x + u) / 256 with u uniform in [0, 1), a density over all of the range."""
     label_dropout: float = 0.1
-    """score.class_conditional: fraction of images whose class is hidden (classifier-free guidance)."""
+    """score.class_conditional: fraction of images whose class is hidden in training, so that the
+    network can do without (classifier-free guidance)."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "projections")

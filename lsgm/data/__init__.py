@@ -3,6 +3,7 @@
 from lsgm.data.arrays import ArrayDataset
 from lsgm.data.batches import Batches, epoch_order
 from lsgm.data.folder import FolderDataset
+from lsgm.data.pixels import Pixels
 from lsgm.data.preprocess import (
     binarise,
     fixed_binarisation,
@@ -12,7 +13,7 @@ from lsgm.data.preprocess import (
     reduce_bits,
 )
 from lsgm.data.registry import DATASETS, build_datasets
-from lsgm.data.spec import Datasets, DataSpec, ImageDataset
+from lsgm.data.spec import Datasets, DataSpec, ImageDataset, LabelledImages
 
 __all__ = [
     "DATASETS",
@@ -22,6 +23,8 @@ __all__ = [
     "Datasets",
     "FolderDataset",
     "ImageDataset",
+    "LabelledImages",
+    "Pixels",
     "binarise",
     "build_datasets",
     "epoch_order",

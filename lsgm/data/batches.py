@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lsgm.data.spec import ImageDataset
+from lsgm.data.spec import ImageDataset, LabelledImages
 
 __all__ = ["Batches", "epoch_order"]
 
@@ -43,10 +44,11 @@ class Batches:
             the r-th part of it. In evaluation parts differ by one image at most, and a rank left
             without any image skips the batch.
         limit: Use the first `limit` images only (evaluation on a part).
+        labels: Give each batch as :class:`LabelledImages`, in place of the images alone.
 
     Raises:
-        ValueError: If the batch does not divide over the processes, or training has fewer images
-            than one batch.
+        ValueError: If the batch does not divide over the processes, training has fewer images than
+            one batch, or labels are asked for and the dataset has none.
     """
 
     def __init__(
@@ -59,8 +61,10 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
         limit: int | None = None,
+        labels: bool = False,
     ) -> None:
         self.dataset = dataset
+        self.labels = labels
         self.batch_size = batch_size
         self.train = train
         self.seed = seed
@@ -75,6 +79,8 @@ class Batches:
             raise ValueError(
                 f"a batch of {batch_size} images is more than the {self.num_images} training images"
             )
+        if labels and dataset.labels is None:
+            raise ValueError("the images have no labels")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -88,10 +94,10 @@ class Batches:
         whole = order[step * self.batch_size : (step + 1) * self.batch_size]
         return whole.tensor_split(self.world_size)[self.rank]
 
-    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[int, Tensor]]:
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[int, Any]]:
         """Yield (step in the epoch, images) from step `start` on.
 
-        Images are float32 in [0, 1] with shape (b, C, R, R).
+        Images are float32 in [0, 1] with shape (b, C, R, R), with their labels if asked for.
         """
         order = self._order(epoch)
         jobs = (
@@ -100,17 +106,24 @@ class Batches:
         jobs = ((step, index) for step, index in jobs if len(index))
         if not self.dataset.gather_ahead:
             for step, index in jobs:
-                yield step, self.dataset.batch(index)
+                yield step, self._gather(index)
             return
         with ThreadPoolExecutor(max_workers=1) as pool:
             waiting = None
             for step, index in jobs:
-                coming = step, pool.submit(self.dataset.batch, index)
+                coming = step, pool.submit(self._gather, index)
                 if waiting is not None:
                     yield waiting[0], waiting[1].result()
                 waiting = coming
             if waiting is not None:
                 yield waiting[0], waiting[1].result()
+
+    def _gather(self, index: Tensor) -> Tensor | LabelledImages:
+        images = self.dataset.batch(index)
+        if not self.labels:
+            return images
+        assert self.dataset.labels is not None
+        return LabelledImages(images, self.dataset.labels[index])
 
     def _order(self, epoch: int) -> Tensor:
         return (

@@ -8,13 +8,29 @@ image side plus the zero padding around it. Binarisation and the map to [-1, 1] 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["DataSpec", "Datasets", "ImageDataset"]
+__all__ = ["DataSpec", "Datasets", "ImageDataset", "LabelledImages", "map_batch"]
+
+
+class LabelledImages(NamedTuple):
+    """A batch with classes: ``images (B, C, R, R)`` in [0, 1] and ``labels (B,)``, int64."""
+
+    images: Tensor
+    labels: Tensor
+
+
+def map_batch(
+    function: Callable[[Tensor], Tensor], batch: Tensor | LabelledImages
+) -> Tensor | LabelledImages:
+    """Apply a function to the images of a batch and, where it has them, to its labels."""
+    return function(batch) if isinstance(batch, Tensor) else LabelledImages(*map(function, batch))
 
 
 @dataclass(frozen=True)

@@ -198,6 +198,7 @@ class NCSNpp(nn.Module):
         progressive_combine: how ``"input_skip"`` joins the features, ``"sum"`` or ``"cat"``.
         attention_resolutions: sides at which every level has attention.
         middle_attention: attention between the two middle blocks.
+        num_classes: classes that the network can be told (0: none).
 
     Raises:
         ValueError: an unknown option or sizes that do not fit.
@@ -222,6 +223,7 @@ class NCSNpp(nn.Module):
         progressive_combine: str = "sum",
         attention_resolutions: Sequence[int] = (16,),
         middle_attention: bool = True,
+        num_classes: int = 0,
     ) -> None:
         super().__init__()
         mult = (1,) * num_scales if channel_mult is None else tuple(channel_mult)[:num_scales]
@@ -233,6 +235,11 @@ class NCSNpp(nn.Module):
         sides = [resolution >> i for i in range(num_scales)]
         self.embedding = TimeEmbedding(embedding_dim, embedding_type, embedding_scale)
         time_width = self.embedding.width
+        self.num_classes = num_classes
+        # one more: no class. It starts without any effect
+        self.classes = nn.Embedding(num_classes + 1, time_width) if num_classes else None
+        if self.classes is not None:
+            nn.init.zeros_(self.classes.weight)
 
         def block(
             in_channels: int, out_channels: int, direction: str | None = None
@@ -288,9 +295,17 @@ class NCSNpp(nn.Module):
             self.up.append(UpLevel(blocks, attention, pyramid, upsample))
         self.head = None if progressive == "output_skip" else NormConv(width, channels, TINY_SCALE)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Predicted noise ``(B, C, S, S)`` for ``x (B, C, S, S)`` at ``t (B,)`` or a scalar."""
-        state = _State(self.conv_in(x), self.embedding(t), pyramid=x)
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Predicted noise ``(B, C, S, S)`` for ``x (B, C, S, S)`` at ``t (B,)`` or a scalar.
+
+        ``labels (B,)``, int64: the classes; ``num_classes``, or no labels, is no class.
+        """
+        time = self.embedding(t)
+        if self.classes is not None:
+            if labels is None:
+                labels = torch.full((len(x),), self.num_classes, device=x.device)
+            time = time + self.classes(labels)
+        state = _State(self.conv_in(x), time, pyramid=x)
         state.skips.append(state.h)
         for level in self.down:
             level(state)

@@ -68,8 +68,10 @@ class Stage(nn.Module, ABC):
     """Whether some steps' loss leaves out some parameters (costs time with several processes)."""
 
     @abstractmethod
-    def forward(self, images: Tensor, context: StepContext) -> StepOutput:
-        """Compute the loss of ``images (B, C, R, R)``, float32 in [0, 1]."""
+    def forward(self, images: Any, context: StepContext) -> StepOutput:
+        """Compute the loss of ``images (B, C, R, R)``, float32 in [0, 1], or of
+        :class:`lsgm.data.LabelledImages` where the batches carry labels.
+        """
 
     @abstractmethod
     def trainables(self) -> dict[str, nn.Module]:

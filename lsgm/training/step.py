@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lsgm.config import TrainConfig
+from lsgm.data.spec import LabelledImages, map_batch
 from lsgm.training.distributed import World, all_max
 from lsgm.training.interrupt import StopSignal
 from lsgm.training.precision import autocast
@@ -72,16 +73,16 @@ class Step:
         self.generator = torch.Generator(world.device)
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
 
-    def __call__(self, images: Tensor, stop: StopSignal | None = None) -> StepResult:
+    def __call__(
+        self, images: Tensor | LabelledImages, stop: StopSignal | None = None
+    ) -> StepResult:
         """Train on this process's ``images (b, C, R, R)``; `stop` is looked at near the end."""
         state = self.state
         step = state.step
         self._seed_global(step)
         self.buffers.keep()
         rates = state.set_learning_rates()
-        if self.world.device.type == "cuda":
-            images = images.pin_memory()
-        images = images.to(self.world.device, non_blocking=True)
+        images = map_batch(self._to_device, images)
         outputs = [self._backward(images, part) for part in range(self.config.accumulate)]
         applied, stop_anywhere, norms = self._check(outputs, stop)
         if applied:
@@ -100,10 +101,20 @@ class Step:
         metrics = (*({"loss": o.loss, **o.metrics} for o in outputs), gradients)
         return StepResult(applied, stop_anywhere, rates, metrics)
 
-    def _backward(self, images: Tensor, part: int) -> StepOutput:
+    def _to_device(self, x: Tensor) -> Tensor:
+        if self.world.device.type == "cuda":
+            x = x.pin_memory()
+        return x.to(self.world.device, non_blocking=True)
+
+    def _backward(self, images: Tensor | LabelledImages, part: int) -> StepOutput:
         parts, state = self.config.accumulate, self.state
-        # Every parts-th image, so that a part is the same whatever the number of processes.
-        images = images[part::parts].contiguous(memory_format=self.layout)
+
+        def take(x: Tensor) -> Tensor:
+            # Every parts-th image, so that a part is the same whatever the number of processes.
+            layout = self.layout if x.ndim == 4 else torch.contiguous_format
+            return x[part::parts].contiguous(memory_format=layout)
+
+        images = map_batch(take, images)
         sharing = self.forward is not state.stage
         with contextlib.ExitStack() as stack:
             if sharing and part < parts - 1:
