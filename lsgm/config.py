@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 __all__ = [
+    "RETIRED_KEYS",
     "DataConfig",
     "LSGMTrainConfig",
     "ObjectiveConfig",
@@ -27,6 +28,10 @@ __all__ = [
     "VAEConfig",
     "VAETrainConfig",
 ]
+
+
+RETIRED_KEYS = frozenset({"prior.weighting_q"})
+"""Keys that older runs wrote and that never had an effect: they are read and forgotten."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -243,10 +248,8 @@ class PriorConfig:
     """Weighting of the prior's loss over time."""
     proposal_p: Literal["uniform", "importance", "optimal"] = "importance"
     """Training times for the prior's loss: uniform, the paper's, or numerically optimal."""
-    weighting_q: Literal["same", "likelihood"] = "same"
-    """Weighting of the encoder's cross entropy: likelihood; same: on the prior's draw."""
     proposal_q: Literal["same", "uniform", "importance", "optimal"] = "same"
-    """Training times for the encoder's cross entropy; same: the prior's draw, reweighted."""
+    """Times for the encoder's cross entropy (likelihood-weighted); same: the prior's draw."""
     training: Literal["joint", "disjoint", "frozen"] = "joint"
     """joint: VAE and prior in one step; disjoint: one after the other; frozen: the prior alone."""
     drop_inactive: bool = False
@@ -257,8 +260,17 @@ class PriorConfig:
     """Sample only the network's difference from N(0, I) in the encoder's loss: less variance."""
     stratified_times: bool = True
     """Spread the times of a batch evenly over the proposal: less variance, same mean."""
+    spectral_regularization: float = 0.0
+    """Weight of the largest singular values of the score network's convolutions (0: off)."""
+    norm_regularization: float = 0.0
+    """Weight of the largest gains of the score network's normalisation layers (0: off)."""
 
     def __post_init__(self) -> None:
+        _require_non_negative(self, "spectral_regularization norm_regularization")
+        _require(
+            self.mixed or not self.drop_inactive,
+            "drop_inactive: needs mixed true (N(0, I) is the Normal part of the mix)",
+        )
         _require(
             not self.update_q_ema or self.training == "disjoint",
             f"update_q_ema: needs training disjoint, not {self.training}",
@@ -280,7 +292,7 @@ class ObjectiveConfig:
     kl_balance: bool = True
     """Balance the KL terms of the latent groups while the coefficient is below 1."""
     spectral_regularization: float = 1e-2
-    """Weight of the spectral and norm-layer regularisers (0: off)."""
+    """Weight of the VAE's spectral and norm-layer regularisers (0: off)."""
     free_bits: float = 0.0
     """KL per latent group that costs nothing, in nats per image (0: off)."""
 

@@ -24,7 +24,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lsgm.config import LSGMTrainConfig, VAETrainConfig
+from lsgm.config import RETIRED_KEYS, LSGMTrainConfig, VAETrainConfig
 from lsgm.configkeys import describe, misfit, schema_keys, section_class, suggestion
 from lsgm.errors import UserError
 from lsgm.files import atomic_write_text
@@ -220,8 +220,11 @@ def _read_mapping(path: Path) -> DictConfig:
 def _build(config_class: type[T], keys: DictConfig, path: Path) -> T:
     schema = OmegaConf.structured(config_class)
     valid = schema_keys(config_class)
-    for key in _leaves(keys):
-        if key not in valid and not any(name.startswith(f"{key}.") for name in valid):
+    for key in list(_leaves(keys)):
+        if key in RETIRED_KEYS:
+            section, _, name = key.rpartition(".")
+            OmegaConf.select(keys, section).pop(name)
+        elif key not in valid and not any(name.startswith(f"{key}.") for name in valid):
             raise UserError(f"{path}: unknown key {key}{suggestion(key, valid)}")
     try:
         merged = typing.cast(DictConfig, OmegaConf.merge(schema, keys))

@@ -20,7 +20,14 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from lsgm.config import DataConfig, PriorConfig, PriorNetworkConfig, SDEConfig, VAEConfig
+from lsgm.config import (
+    RETIRED_KEYS,
+    DataConfig,
+    PriorConfig,
+    PriorNetworkConfig,
+    SDEConfig,
+    VAEConfig,
+)
 from lsgm.data.spec import DataSpec
 from lsgm.errors import UserError
 from lsgm.files import atomic_write, atomic_write_json
@@ -232,10 +239,34 @@ class LSGM(VAEModel):
             self.sde, self.score, temperature * start, times, rng=rng, callback=callback
         )
 
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """Shape of what the score-based prior generates: the coarsest scale's latents."""
+        return self.vae.top_shape
+
+    def encode_state(
+        self, x: Tensor, rng: Rng = None, *, mean: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """A posterior draw for ``x`` ``(B, C, R, R)`` in [-1, 1], or with ``mean`` the posterior's
+        means: the coarsest scale ``(B, *state_shape)`` and the groups of the finer ones.
+        """
+        shapes = self.vae.latent_shapes
+        zeros = [torch.zeros(len(x), *s, device=x.device) for s in shapes] if mean else None
+        eps = self.vae.encode(x, rng, zeros).eps
+        return self.vae.concat_top(eps), list(eps[self.vae.num_groups_per_scale :])
+
+    def sample_finer(self, num: int, rng: Rng, temperature: float = 1.0) -> list[Tensor]:
+        """The groups of the finer scales from N(0, temperature^2 I)."""
+        finer = self.vae.latent_shapes[self.vae.num_groups_per_scale :]
+        return [temperature * randn((num, *shape), rng, device=self.device) for shape in finer]
+
+    def decode_state(self, state: Tensor, finer: Sequence[Tensor]) -> Tensor:
+        """Images in [0, 1] from the coarsest scale's latents and the groups of the finer ones."""
+        return self.decode([*self.vae.split_top(state.float()), *finer])
+
     def complete_latents(self, top: Tensor, rng: Rng, temperature: float = 1.0) -> list[Tensor]:
         """Split ``top`` into its groups and draw the finer scales from N(0, temperature^2 I)."""
-        finer = self.vae.latent_shapes[self.vae.num_groups_per_scale :]
-        drawn = [temperature * randn((len(top), *shape), rng, device=top.device) for shape in finer]
+        drawn = self.sample_finer(len(top), rng, temperature)
         return [*self.vae.split_top(top.float()), *drawn]
 
 
@@ -310,7 +341,7 @@ def _section(cls: type, values: dict[str, Any]) -> Any:
 
 
 def prior_config_from(values: dict[str, Any]) -> PriorConfig:
-    values = dict(values)
+    values = {k: v for k, v in values.items() if f"prior.{k}" not in RETIRED_KEYS}
     network = _section(PriorNetworkConfig, values.pop("network"))
     sde = _section(SDEConfig, values.pop("sde"))
     return PriorConfig(network=network, sde=sde, **values)

@@ -81,7 +81,8 @@ class SecondStage:
         shape: Channels and side of its input.
         widths: Channels of the network at each of its scales.
         sde: Kind of the diffusion.
-        losses: Weighting and time proposal of the prior's loss, then of the encoder's.
+        losses: Weighting and time proposal of the prior's loss, then the proposal of the encoder's.
+        penalties: Weights of the prior's spectral and norm regularisers and of the VAE's.
         training: How it is trained with the VAE.
         mixing_init: Initial mixing logit.
         batch: Images per step over all GPUs.
@@ -93,7 +94,8 @@ class SecondStage:
     shape: tuple[int, int]
     widths: tuple[int, ...]
     sde: str
-    losses: tuple[str, str, str, str]
+    losses: tuple[str, str, str]
+    penalties: tuple[float, float, float]
     training: str
     mixing_init: float
     batch: int
@@ -101,42 +103,41 @@ class SecondStage:
     warmup: int
 
 
-SHARED = ("same", "same")
-OWN = ("likelihood", "importance")
+LIKELIHOOD = ("likelihood", "importance")
 UNWEIGHTED = ("unweighted", "importance")
 REWEIGHTED = ("reweighted", "importance")
 SECOND = {
     "cifar10/lsgm_balanced": SecondStage(
-        "cifar10/vae_balanced", (180, 16), (512,) * 3, "vpsde", (*UNWEIGHTED, *SHARED),
-        "joint", -3.0, 256, 1875, 5,
+        "cifar10/vae_balanced", (180, 16), (512,) * 3, "vpsde", (*UNWEIGHTED, "same"),
+        (0.0, 1e-2, 1e-2), "joint", -3.0, 256, 1875, 5,
     ),
     "cifar10/lsgm_fid": SecondStage(
-        "cifar10/vae_fid", (180, 16), (512,) * 3, "vpsde", (*UNWEIGHTED, *SHARED),
-        "joint", -3.0, 256, 1875, 5,
+        "cifar10/vae_fid", (180, 16), (512,) * 3, "vpsde", (*UNWEIGHTED, "same"),
+        (0.0, 1e-2, 1e-2), "joint", -3.0, 256, 1875, 5,
     ),
     "cifar10/lsgm_nll": SecondStage(
-        "cifar10/vae_nll", (180, 16), (512,) * 3, "geometric", ("likelihood", "uniform", *SHARED),
-        "joint", -3.0, 256, 1875, 5,
+        "cifar10/vae_nll", (180, 16), (512,) * 3, "geometric", ("likelihood", "uniform", "same"),
+        (1e-2, 1e-2, 1e-2), "joint", -3.0, 256, 1875, 5,
     ),
     "mnist/lsgm": SecondStage(
-        "mnist/vae", (40, 8), (256,) * 2, "vpsde", (*OWN, *SHARED),
-        "joint", -6.0, 128, 800, 20,
+        "mnist/vae", (40, 8), (256,) * 2, "vpsde", (*LIKELIHOOD, "same"),
+        (0.0, 0.0, 1e-2), "joint", -6.0, 128, 800, 20,
     ),
     "omniglot/lsgm": SecondStage(
-        "omniglot/vae", (60, 16), (256,) * 3, "vpsde", (*OWN, *SHARED),
-        "joint", -6.0, 128, 1500, 20,
+        "omniglot/vae", (60, 16), (256,) * 3, "vpsde", (*LIKELIHOOD, "same"),
+        (1e-3, 1e-3, 1e-2), "joint", -6.0, 128, 1500, 20,
     ),
     "celebahq256/lsgm_quantitative": SecondStage(
         "celebahq256/vae_quantitative", (160, 32), (256, 512, 512, 512), "vpsde",
-        (*REWEIGHTED, *OWN), "disjoint", -6.0, 64, 1000, 20,
+        (*REWEIGHTED, "importance"), (1e-2, 1e-2, 1e-1), "disjoint", -6.0, 64, 1000, 20,
     ),
     "celebahq256/lsgm_qualitative": SecondStage(
         "celebahq256/vae_qualitative", (200, 64), (256, 256, 512, 512, 512), "geometric",
-        (*REWEIGHTED, *OWN), "disjoint", -6.0, 64, 1000, 20,
+        (*REWEIGHTED, "importance"), (1e-2, 1e-2, 1e-1), "disjoint", -6.0, 64, 1000, 20,
     ),
     "celebahq256/lsgm_qualitative_frozen": SecondStage(
         "celebahq256/vae_qualitative", (200, 64), (320, 320, 640, 640, 640), "vpsde",
-        (*REWEIGHTED, *SHARED), "frozen", -6.0, 96, 1500, 20,
+        (*REWEIGHTED, "same"), (1e-2, 1e-2, 1e-1), "frozen", -6.0, 96, 1500, 20,
     ),
 }  # fmt: skip
 
@@ -190,8 +191,11 @@ def test_second_stage(name: str) -> None:
     assert widths == expected.widths
     assert all(len(level.blocks) == 8 for level in network.down)
     assert prior.sde.kind == expected.sde
-    losses = (prior.weighting_p, prior.proposal_p, prior.weighting_q, prior.proposal_q)
-    assert losses == expected.losses
+    assert (prior.weighting_p, prior.proposal_p, prior.proposal_q) == expected.losses
+    of_prior = (prior.spectral_regularization, prior.norm_regularization)
+    assert of_prior == expected.penalties[:2]
+    if prior.training != "frozen":
+        assert config.objective.spectral_regularization == expected.penalties[2]
     assert (prior.training, prior.mixing_init) == (expected.training, expected.mixing_init)
     assert (config.train.batch_size, config.train.epochs) == (expected.batch, expected.epochs)
     warmup = expected.warmup * steps_per_epoch(name, expected.batch)

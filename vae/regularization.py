@@ -15,6 +15,7 @@ __all__ = ["SpectralNormRegularizer", "norm_regularizer"]
 FIRST_ITERATIONS = 40
 ITERATIONS = 4
 Shape = tuple[int, int]
+Convolution = nn.Conv2d | WeightNormConv2d
 
 
 class SpectralNormRegularizer:
@@ -27,18 +28,24 @@ class SpectralNormRegularizer:
     The vectors are drawn from a fixed seed: all processes have the same.
 
     Args:
-        model: Its :class:`vae.layers.Conv2d` and :class:`WeightNormConv2d` layers are counted.
+        layers: The convolutions to count, by name; or a model, of which the
+            :class:`vae.layers.Conv2d` and :class:`WeightNormConv2d` layers are counted.
         seed: Of the initial vectors.
     """
 
-    def __init__(self, model: nn.Module, seed: int = 0) -> None:
-        self.stacks: dict[Shape, list[Conv2d | WeightNormConv2d]] = {}
+    def __init__(self, layers: nn.Module | Mapping[str, Convolution], seed: int = 0) -> None:
+        self.stacks: dict[Shape, list[Convolution]] = {}
         self.names: dict[Shape, list[str]] = {}
-        for name, layer in model.named_modules():
-            if isinstance(layer, (Conv2d, WeightNormConv2d)):
-                shape = (layer.weight.shape[0], layer.weight[0].numel())
-                self.stacks.setdefault(shape, []).append(layer)
-                self.names.setdefault(shape, []).append(name)
+        if isinstance(layers, nn.Module):
+            layers = {
+                name: layer
+                for name, layer in layers.named_modules()
+                if isinstance(layer, (Conv2d, WeightNormConv2d))
+            }
+        for name, layer in layers.items():
+            shape = (layer.weight.shape[0], layer.weight[0].numel())
+            self.stacks.setdefault(shape, []).append(layer)
+            self.names.setdefault(shape, []).append(name)
         generator = torch.Generator().manual_seed(seed)
         self.u: dict[Shape, Tensor] = {
             shape: _normalize(torch.randn(len(layers), shape[0], generator=generator))
@@ -63,7 +70,7 @@ class SpectralNormRegularizer:
         for shape, layers in self.stacks.items():
             # Half precision would spoil the vectors.
             with torch.autocast(layers[0].weight.device.type, enabled=False):
-                matrices = torch.stack([layer.kernel().flatten(1) for layer in layers])
+                matrices = torch.stack([_kernel(layer).flatten(1) for layer in layers])
                 u, v = _power_iteration(self.u[shape].to(matrices), matrices.detach(), count)
                 self.u[shape] = u
                 total = total.to(matrices) + torch.einsum("nr,nrc,nc->", u, matrices, v)
@@ -88,6 +95,10 @@ class SpectralNormRegularizer:
         self.fresh = bool(state["fresh"])
 
 
+def _kernel(layer: Convolution) -> Tensor:
+    return layer.kernel() if isinstance(layer, (Conv2d, WeightNormConv2d)) else layer.weight
+
+
 @torch.no_grad()
 def _power_iteration(u: Tensor, matrices: Tensor, count: int) -> tuple[Tensor, Tensor]:
     v = u
@@ -98,8 +109,12 @@ def _power_iteration(u: Tensor, matrices: Tensor, count: int) -> tuple[Tensor, T
 
 
 def norm_regularizer(model: nn.Module) -> Tensor:
-    """Sum over all batch norms of the largest |gamma| of their channels, a scalar."""
-    gains = [layer.weight.abs().amax() for layer in model.modules() if isinstance(layer, BatchNorm)]
+    """Sum over all batch and group norms of the largest |gamma| of their channels, a scalar."""
+    gains = [
+        layer.weight.abs().amax()
+        for layer in model.modules()
+        if isinstance(layer, (BatchNorm, nn.GroupNorm)) and layer.affine
+    ]
     if not gains:
         return torch.zeros(())
     return torch.stack(gains).sum()

@@ -82,7 +82,8 @@ class PriorArguments:
         mixed: whether the Normal component is mixed in.
         mixing_init: initial mixing logit.
         weighting_p: weighting and time proposal (``proposal_p``) of the prior's loss.
-        weighting_q: the same for the encoder's loss; ``"same"`` shares the prior's samples.
+        proposal_q: time proposal of the encoder's loss, whose weighting is always the likelihood's;
+            ``"same"`` shares the prior's samples.
     """
 
     channels: int
@@ -94,7 +95,6 @@ class PriorArguments:
     mixing_init: float
     weighting_p: str
     proposal_p: str
-    weighting_q: str
     proposal_q: str
 
 
@@ -138,7 +138,7 @@ def prior_arguments(args: Any) -> PriorArguments:
         }
         kind = SDE_KINDS[values["sde_type"]]
         weighting_p, proposal_p = WEIGHTINGS[values["iw_sample_p"]]
-        weighting_q, proposal_q = WEIGHTINGS[values["iw_sample_q"]]
+        _, proposal_q = WEIGHTINGS[values["iw_sample_q"]]
         return PriorArguments(
             channels=values["num_groups_per_scale"] * values["num_latent_per_group"],
             resolution=image_size >> halvings,
@@ -149,7 +149,6 @@ def prior_arguments(args: Any) -> PriorArguments:
             mixing_init=float(values.get("mixing_logit_init", -3.0)),
             weighting_p=weighting_p,
             proposal_p=proposal_p,
-            weighting_q=weighting_q,
             proposal_q=proposal_q,
         )
     except KeyError as missing:

@@ -224,6 +224,7 @@ def _prior_config(args: Mapping[str, Any], arguments: PriorArguments) -> PriorCo
     disjoint = bool(args.get("disjoint_training", False))
     training = ("disjoint" if disjoint else "joint") if trained_with_vae else "frozen"
     sde = {name: float(args[name]) for name in SDE_FIELDS}
+    penalty = float(args.get("weight_decay_norm_dae", 0.0))
     values = {
         "network": _checked(PriorNetworkConfig, arguments.network),
         "sde": _checked(SDEConfig, {"kind": arguments.sde_kind, **sde}),
@@ -231,11 +232,13 @@ def _prior_config(args: Mapping[str, Any], arguments: PriorArguments) -> PriorCo
         "mixing_init": arguments.mixing_init,
         "weighting_p": arguments.weighting_p,
         "proposal_p": arguments.proposal_p,
-        "weighting_q": arguments.weighting_q,
         "proposal_q": arguments.proposal_q,
         "training": training,
         "drop_inactive": bool(args.get("drop_inactive_var", False)),
         "update_q_ema": bool(args.get("update_q_ema", False)) and training == "disjoint",
+        # With custom_conv_dae the published search finds no convolution of the prior.
+        "spectral_regularization": 0.0 if args.get("custom_conv_dae") else penalty,
+        "norm_regularization": penalty,
     }
     return _checked(PriorConfig, values)
 

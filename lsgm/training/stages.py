@@ -15,17 +15,19 @@ from torch import Tensor, nn
 
 from lsgm.config import ObjectiveConfig, PriorConfig
 from lsgm.data.preprocess import preprocess
+from lsgm.errors import UserError
 from lsgm.models import LSGM, VAEModel
+from lsgm.networks.resample import FIRConvDownsample, FIRConvUpsample
 from lsgm.objectives import NormalReference, PriorLosses, prior_losses
 from lsgm.score import EpsFn
 from lsgm.tensors import sum_except_batch
-from lsgm.times import make_proposal
+from lsgm.times import TimeProposal, make_proposal
 from lsgm.training.state import Stage, StepContext, StepOutput
-from lsgm.weighting import make_weighting
+from lsgm.weighting import Weighting, make_weighting
 from vae.objective import kl_balance_weights, kl_coefficient, kl_per_group
 from vae.regularization import SpectralNormRegularizer, norm_regularizer
 
-__all__ = ["LSGMStage", "VAEStage"]
+__all__ = ["LSGMStage", "VAEStage", "score_convolutions"]
 
 
 class VAEStage(Stage):
@@ -37,19 +39,21 @@ class VAEStage(Stage):
         super().__init__()
         self.model = model
         self.objective = objective
-        self.regularizer = (
-            SpectralNormRegularizer(model.vae) if objective.spectral_regularization else None
+        self.regularizers = (
+            {"spectral": SpectralNormRegularizer(model.vae)}
+            if objective.spectral_regularization
+            else {}
         )
 
     def trainables(self) -> dict[str, nn.Module]:
         return {"vae": self.model.vae}
 
     def extra_state(self) -> dict[str, Any]:
-        return {"spectral": self.regularizer.state_dict()} if self.regularizer else {}
+        return {name: spectral.state_dict() for name, spectral in self.regularizers.items()}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        if self.regularizer:
-            self.regularizer.load_state_dict(state["spectral"])
+        for name in self.regularizers.keys() & state.keys():
+            self.regularizers[name].load_state_dict(state[name])
 
     def kl_coefficient(self, context: StepContext) -> float:
         o = self.objective
@@ -85,11 +89,26 @@ class VAEStage(Stage):
             "kl_coefficient": torch.tensor(coefficient),
             **{f"kl_group/{k}": value for k, value in enumerate(kl.mean(0))},
         }
-        if self.regularizer:
-            penalty = self.regularizer() + norm_regularizer(model.vae)
+        if self.regularizers:
+            penalty = self.regularizers["spectral"]() + norm_regularizer(model.vae)
             loss = loss + self.objective.spectral_regularization * penalty
             metrics["regularizer"] = penalty
         return StepOutput(loss=loss, metrics={k: v.detach() for k, v in metrics.items()})
+
+
+def score_convolutions(score: nn.Module) -> dict[str, nn.Conv2d]:
+    """Convolutions of a score network that its spectral regulariser counts, by name.
+
+    As published: all but those inside FIR resamplers. Linear layers, those of the attention among
+    them, do not count either.
+    """
+    resamplers = (FIRConvDownsample, FIRConvUpsample)
+    filtered = {id(m.conv) for m in score.modules() if isinstance(m, resamplers)}
+    return {
+        name: layer
+        for name, layer in score.named_modules()
+        if isinstance(layer, nn.Conv2d) and id(layer) not in filtered
+    }
 
 
 def _charge(kl: Tensor, free_bits: float) -> Tensor:
@@ -105,9 +124,14 @@ class LSGMStage(Stage):
     """Second stage: the score-based prior, end-to-end with the VAE or over a frozen one
     (2106.05931, Alg. 1-3).
 
-    ``training`` of the config: ``joint`` shares one draw of noise and time unless ``proposal_q``
-    names one; ``disjoint`` draws separately for each side; ``frozen`` trains the prior alone, with
-    the VAE in evaluation mode.
+    ``training`` of the config: ``joint`` shares one draw of noise and time (Alg. 3) unless
+    ``proposal_q`` names one (Alg. 1); ``disjoint`` draws separately for each side (Alg. 2);
+    ``frozen`` trains the prior alone, with the VAE in evaluation mode. The VAE's parameters get the
+    gradient of the negative ELBO with annealed and balanced KL and of its own regularisers, the
+    prior's that of its own objective and regularisers, whatever the KL's coefficient.
+
+    Raises:
+        UserError: A time proposal and weighting that the SDE does not allow.
     """
 
     def __init__(self, model: LSGM, objective: ObjectiveConfig, prior: PriorConfig) -> None:
@@ -118,12 +142,12 @@ class LSGMStage(Stage):
         self.stratified = prior.stratified_times
         self.likelihood = make_weighting("likelihood")
         self.weighting_p = make_weighting(prior.weighting_p)
-        self.proposal_p = make_proposal(prior.proposal_p, model.sde, self.weighting_p)
+        self.proposal_p = self._proposal("proposal_p", prior.proposal_p, self.weighting_p)
         name_q = prior.proposal_q
         if name_q == "same" and prior.training == "disjoint":
             name_q = "importance"
         self.proposal_q = (
-            None if name_q == "same" else make_proposal(name_q, model.sde, self.likelihood)
+            None if name_q == "same" else self._proposal("proposal_q", name_q, self.likelihood)
         )
         self.reference = (
             NormalReference.of(model.sde, self.likelihood) if prior.control_variate else None
@@ -132,14 +156,31 @@ class LSGMStage(Stage):
         self._average_prior: tuple[
             EpsFn, ...
         ] = ()  # a tuple: not a submodule, its weights are the loop's
-        regularize = objective.spectral_regularization > 0 and self.trains_vae
-        self.regularizer = SpectralNormRegularizer(model.vae) if regularize else None
+        self.spectral_weight = prior.spectral_regularization
+        self.norm_weight = prior.norm_regularization
+        self.regularizers = {}
+        if objective.spectral_regularization > 0 and self.trains_vae:
+            self.regularizers["spectral"] = SpectralNormRegularizer(model.vae)
+        if self.spectral_weight > 0:
+            convolutions = score_convolutions(model.score)
+            self.regularizers["prior_spectral"] = SpectralNormRegularizer(convolutions)
         if not self.trains_vae:
             model.vae.requires_grad_(False)
 
     kl_coefficient = VAEStage.kl_coefficient
     extra_state = VAEStage.extra_state
     load_extra_state = VAEStage.load_extra_state
+
+    def _proposal(self, field: str, name: str, weighting: Weighting) -> TimeProposal:
+        sde = self.model.sde
+        try:
+            weighting(sde, torch.ones(1, dtype=torch.float64))
+            return make_proposal(name, sde, weighting)
+        except ValueError as error:
+            raise UserError(
+                f"prior.{field}: {name} does not fit the weighting {weighting.name} and the SDE "
+                f"({error})"
+            ) from None
 
     @property
     def trains_vae(self) -> bool:
@@ -209,10 +250,20 @@ class LSGMStage(Stage):
             rest = torch.cat([log_q[:, :num_top], kl_finer], dim=1)
             loss = loss + (reconstruction + coefficient * (weights * rest).sum(1)).mean()
             metrics["kl_coefficient"] = torch.tensor(coefficient)
-            if self.regularizer:
-                penalty = self.regularizer() + norm_regularizer(vae)
+            # What the VAE's parameters minimise, without regularisers; `loss` has another value.
+            metrics["vae_loss"] = (reconstruction + coefficient * (weights * kl).sum(1)).mean()
+            if "spectral" in self.regularizers:
+                penalty = self.regularizers["spectral"]() + norm_regularizer(vae)
                 loss = loss + self.objective.spectral_regularization * penalty
                 metrics["regularizer"] = penalty
+        if self.spectral_weight > 0:
+            spectral = self.regularizers["prior_spectral"]()
+            loss = loss + self.spectral_weight * spectral
+            metrics["prior_spectral"] = spectral
+        if self.norm_weight > 0:
+            gains = norm_regularizer(model.score)
+            loss = loss + self.norm_weight * gains
+            metrics["prior_norm"] = gains
         metrics |= {
             "nelbo": (reconstruction + kl.sum(1)).mean(),
             "reconstruction": reconstruction.mean(),
