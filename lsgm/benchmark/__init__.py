@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from lsgm.benchmark.joint import joint_command
 from lsgm.benchmark.training import train_command
 from lsgm.benchmark.vae import vae_command
 
 __all__ = ["COMMANDS"]
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "joint": joint_command,
     "train": train_command,
     "vae": vae_command,
 }

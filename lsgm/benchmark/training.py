@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 
 from lsgm.config import DataConfig, LSGMTrainConfig, OptimConfig, TrainConfig, VAETrainConfig
-from lsgm.configio import Option, load_config, parse_command_line
+from lsgm.configio import CommandLine, Option, load_config, parse_command_line
 from lsgm.data import Datasets, build_datasets
 from lsgm.data.spec import DataSpec
 from lsgm.errors import UserError
@@ -33,6 +33,8 @@ __all__ = [
     "measure_vae_step",
     "positive_number",
     "prepare",
+    "resident_peak",
+    "second_stage_config",
     "time_steps",
     "train_command",
     "training_step",
@@ -77,7 +79,7 @@ class StepCost:
         return f"{first[0]:<{first[1]}}" + "".join(f"{name:>{width}}" for name, width in rest)
 
 
-def _peak_memory(*, restart: bool = False) -> float:
+def resident_peak(*, restart: bool = False) -> float:
     """Largest resident set of this process, in MiB: since the last restart on Linux, which counts
     from what is resident then; elsewhere since the process began.
     """
@@ -129,7 +131,7 @@ def time_steps(
 ) -> StepCost:
     """Median cost of ``step`` on the images ``data``, after two steps to warm up."""
     device = data.device
-    seconds, base = [], _peak_memory(restart=True)
+    seconds, base = [], resident_peak(restart=True)
     for number in range(repeats + WARMUP_STEPS):
         start = time.perf_counter()
         step(number)
@@ -137,7 +139,7 @@ def time_steps(
     peak = (
         torch.accelerator.max_memory_allocated(device) / MIB
         if device.type != "cpu"
-        else _peak_memory() - base
+        else resident_peak() - base
     )
     median = statistics.median(seconds[WARMUP_STEPS:])
     size = sum(p.numel() for p in stage.parameters() if p.requires_grad)
@@ -237,12 +239,15 @@ def train_command(argv: Sequence[str]) -> None:
     repeats = positive_number(line.options, REPEATS_OPTION)
     print(StepCost.header())
     print(measure_vae_step(line.config, repeats).row(), flush=True)
+    second = second_stage_config(line)
+    if second is not None:
+        print(measure_lsgm_step(line.config, second, repeats).row(), flush=True)
+
+
+def second_stage_config(line: CommandLine[VAETrainConfig]) -> LSGMTrainConfig | None:
+    """The configuration of ``--lsgm``, or of the file beside ``--config``; None without either."""
     path = line.options["lsgm"]
     if path is None and line.config_path is not None:
         sibling = line.config_path.with_name(line.config_path.name.replace("vae", "lsgm", 1))
         path = sibling if sibling != line.config_path and sibling.is_file() else None
-    if path is not None:
-        print(
-            measure_lsgm_step(line.config, load_config(LSGMTrainConfig, path), repeats).row(),
-            flush=True,
-        )
+    return None if path is None else load_config(LSGMTrainConfig, path)

@@ -1,0 +1,279 @@
+"""A joint step of both stages against a step of the VAE and one of the prior, taken in turns.
+
+The claim behind arXiv 2106.05931, Alg. 3: with one draw of noise and time for both sides, training
+VAE and prior together costs no more than training each by itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from lsgm.benchmark.training import (
+    CONFIGS,
+    LSGM_OPTION,
+    MIB,
+    StepCost,
+    in_fresh_process,
+    positive_number,
+    prepare,
+    resident_peak,
+    second_stage_config,
+    training_step,
+)
+from lsgm.config import LSGMTrainConfig, OptimConfig, VAETrainConfig
+from lsgm.configio import Option, parse_command_line
+from lsgm.data.spec import DataSpec
+from lsgm.errors import UserError
+from lsgm.models import LSGM, VAEModel, build_prior, build_vae
+from lsgm.objectives import prior_losses
+from lsgm.training.precision import choose_device
+from lsgm.training.stages import LSGMStage, VAEStage
+from lsgm.training.state import Stage, StepContext, StepOutput
+from vae.random import randn
+
+__all__ = ["JointCost", "PriorStage", "joint_command", "measure_joint", "phases"]
+
+VAE, PRIOR, FROZEN, JOINT = "VAE", "prior", "frozen VAE", "joint"
+NAMES = (VAE, PRIOR, JOINT, FROZEN)
+WARMUP_ROUNDS = 2
+
+
+class PriorStage(Stage):
+    """The prior's own gradient step on given latents ``(B, C, H, W)``: neither VAE nor data.
+
+    Args:
+        stage: A second stage, whose score network, weighting and times it uses.
+    """
+
+    def __init__(self, stage: LSGMStage) -> None:
+        super().__init__()
+        self.score = stage.model.score
+        self.weighting = stage.weighting_p
+        self.proposal = stage.proposal_p
+        self.likelihood = stage.likelihood
+        self.stratified = stage.stratified
+
+    def trainables(self) -> dict[str, nn.Module]:
+        return {"prior": self.score}
+
+    def forward(self, latents: Tensor, context: StepContext) -> StepOutput:
+        losses = prior_losses(
+            self.score.sde,
+            self.score,
+            latents,
+            weighting_p=self.weighting,
+            proposal_p=self.proposal,
+            likelihood=self.likelihood,
+            stratified=self.stratified,
+            rng=context.rng,
+        )
+        return StepOutput(losses.surrogate)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stage, the optimizers of its sides, and what it is fed with."""
+
+    stage: Stage
+    optims: dict[str, OptimConfig]
+    data: Tensor
+
+    def step(self, precision: str) -> Callable[[int], None]:
+        return training_step(self.stage, self.optims, self.data, precision)
+
+
+def phases(
+    vae: VAETrainConfig, config: LSGMTrainConfig, names: Sequence[str] = NAMES
+) -> dict[str, Phase]:
+    """The steps of these names; all share the batch, and all but the frozen one the VAE.
+
+    The latents of the prior's step are N(0, I): their values cost nothing.
+    """
+    images, spec = prepare(config.train, vae.data)
+    model = _model(vae, config, spec, images)
+    optims = {"vae": config.optim_vae, "prior": config.optim_prior}
+    prior = {"prior": config.optim_prior}
+
+    def second(training: str, model: LSGM) -> LSGMStage:
+        return LSGMStage(model, config.objective, replace(config.prior, training=training))
+
+    def first_stage() -> Phase:
+        first = VAEStage(VAEModel(model.vae, spec, vae.vae), vae.objective)
+        return Phase(first, {"vae": vae.optim_vae}, images)
+
+    def prior_only() -> Phase:
+        shape = (len(images), *model.vae.top_shape)
+        latents = randn(shape, torch.Generator().manual_seed(0), device=images.device)
+        layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
+        return Phase(PriorStage(second("joint", model)), prior, latents.to(memory_format=layout))
+
+    def frozen() -> Phase:
+        alone = LSGM(copy.deepcopy(model.vae), model.score, spec, vae.vae, config.prior)
+        return Phase(second("frozen", alone.to(images.device)), prior, images)
+
+    makers: dict[str, Callable[[], Phase]] = {
+        VAE: first_stage,
+        PRIOR: prior_only,
+        JOINT: lambda: Phase(second(config.prior.training, model), optims, images),
+        FROZEN: frozen,
+    }
+    made = {name: makers[name]() for name in names}
+    for phase in made.values():
+        phase.stage.train()
+    if config.train.compile:
+        for network in {n for phase in made.values() for n in phase.stage.networks()}:
+            network.compile()
+    return made
+
+
+def _model(vae: VAETrainConfig, config: LSGMTrainConfig, spec: DataSpec, images: Tensor) -> LSGM:
+    network = build_vae(vae.vae, spec)
+    model = LSGM(network, build_prior(config.prior, network), spec, vae.vae, config.prior)
+    layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
+    return model.to(images.device).to(memory_format=layout)  # type: ignore[call-overload]
+
+
+def _times_job(vae: VAETrainConfig, config: LSGMTrainConfig, repeats: int) -> list[list[float]]:
+    """Seconds of every step, ``[round][NAMES]``; each round starts with another step."""
+    made = phases(vae, config)
+    steps = {name: phase.step(config.train.precision) for name, phase in made.items()}
+    rounds = []
+    for number in range(WARMUP_ROUNDS + repeats):
+        seconds = dict.fromkeys(NAMES, 0.0)
+        first = number % len(NAMES)
+        for name in NAMES[first:] + NAMES[:first]:
+            start = time.perf_counter()
+            steps[name](number)
+            seconds[name] = time.perf_counter() - start
+        rounds.append([seconds[name] for name in NAMES])
+    return rounds[WARMUP_ROUNDS:]
+
+
+def _memory_job(vae: VAETrainConfig, config: LSGMTrainConfig, name: str) -> tuple[float, int]:
+    """Peak memory of two steps beyond the weights, in MiB, and the number of trained parameters."""
+    phase = phases(vae, config, [name])[name]
+    step, device = phase.step(config.train.precision), phase.data.device
+    trained = sum(
+        p.numel() for side in phase.stage.trainables().values() for p in side.parameters()
+    )
+    if device.type == "cpu":
+        base = resident_peak(restart=True)
+    else:
+        torch.accelerator.reset_peak_memory_stats(device)
+        base = torch.accelerator.memory_allocated(device) / MIB
+    for number in range(2):  # the optimizer's state appears in the first
+        step(number)
+    if device.type == "cpu":
+        return resident_peak() - base, trained
+    return torch.accelerator.max_memory_allocated(device) / MIB - base, trained
+
+
+@dataclass(frozen=True)
+class JointCost:
+    """What the steps cost.
+
+    ``rounds``: seconds, ``(repeats, steps)`` in the order of ``NAMES``; ``memory``: peak of each
+    step beyond the weights, MiB; ``parameters``: trained by each.
+    """
+
+    batch_size: int
+    rounds: tuple[tuple[float, ...], ...]
+    memory: dict[str, float]
+    parameters: dict[str, int]
+
+    def seconds(self, name: str) -> float:
+        """Median of a step."""
+        return statistics.median(row[NAMES.index(name)] for row in self.rounds)
+
+    def fastest(self, name: str) -> float:
+        """Fastest step: what other work on the machine hides least."""
+        return min(row[NAMES.index(name)] for row in self.rounds)
+
+    @property
+    def ratios(self) -> list[float]:
+        """Joint step over the sum of the two others, of every round."""
+        vae, prior, joint = (NAMES.index(name) for name in (VAE, PRIOR, JOINT))
+        return [row[joint] / (row[vae] + row[prior]) for row in self.rounds]
+
+    def lines(self) -> list[str]:
+        costs = [
+            StepCost(
+                name,
+                self.batch_size,
+                self.parameters[name],
+                seconds := self.seconds(name),
+                self.batch_size / seconds,
+                self.memory[name],
+                len(self.rounds),
+            )
+            for name in NAMES
+        ]
+        total = self.seconds(VAE) + self.seconds(PRIOR)
+        fastest = self.fastest(JOINT) / (self.fastest(VAE) + self.fastest(PRIOR))
+        ratios = self.ratios
+        return [
+            StepCost.header(),
+            *(cost.row() for cost in costs),
+            f"VAE + prior: {total:.3f} s, {self.memory[VAE] + self.memory[PRIOR]:.0f} MiB",
+            f"joint / (VAE + prior): {self.seconds(JOINT) / total:.3f} of medians, {fastest:.3f} of "
+            f"fastest steps; by round {statistics.median(ratios):.3f} (median), "
+            f"{min(ratios):.3f} to {max(ratios):.3f}; "
+            f"memory {self.memory[JOINT] / (self.memory[VAE] + self.memory[PRIOR]):.3f}",
+        ]
+
+
+def measure_joint(vae: VAETrainConfig, config: LSGMTrainConfig, repeats: int = 7) -> JointCost:
+    """Measure all steps at the batch size, precision and device of ``config``'s ``train`` section.
+
+    The times come from one process that takes the steps in turns, so that a machine that becomes
+    slower changes all of them; the memory from a process for each.
+
+    Raises:
+        UserError: The prior of ``config`` is trained over a frozen VAE, so it has no joint step.
+    """
+    if config.prior.training == "frozen":
+        raise UserError(
+            "prior.training: frozen has no joint step to measure; use joint or disjoint"
+        )
+    rounds = in_fresh_process(_times_job, vae, config, repeats)
+    memory, parameters = {}, {}
+    for name in NAMES:
+        memory[name], parameters[name] = in_fresh_process(_memory_job, vae, config, name)
+    return JointCost(config.train.batch_size, tuple(map(tuple, rounds)), memory, parameters)
+
+
+BATCH_OPTION = Option("batch", "images a step; default: the second stage's", "N")
+ROUNDS_OPTION = Option("repeats", "timed rounds of all steps, of which the median counts", "N", "7")
+
+
+def joint_command(argv: Sequence[str]) -> None:
+    """``benchmark.py joint [--config VAE_CONFIG] [--lsgm LSGM_CONFIG] [--batch N] [--repeats N]
+    [--section.key value ...]``.
+    """
+    line = parse_command_line(
+        VAETrainConfig,
+        argv,
+        extra=(LSGM_OPTION, BATCH_OPTION, ROUNDS_OPTION),
+        default_config=CONFIGS / "digits" / "vae.yaml",
+        prog="benchmark.py joint",
+        description="Cost of a joint step against a step of the VAE and one of the prior on given "
+        "latents, taken in turns; a step of the prior over the frozen VAE for comparison.",
+    )
+    config = second_stage_config(line)
+    if config is None:
+        raise UserError("--lsgm: give the second stage's configuration")
+    if line.options["batch"] is not None:
+        size = positive_number(line.options, BATCH_OPTION)
+        config = replace(config, train=replace(config.train, batch_size=size, accumulate=1))
+    train = config.train
+    cost = measure_joint(line.config, config, positive_number(line.options, ROUNDS_OPTION))
+    threads = train.num_threads or torch.get_num_threads()
+    print(f"device {choose_device(train.device)}, {train.precision}, {threads} CPU threads")
+    print("\n".join(cost.lines()))
