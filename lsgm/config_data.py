@@ -36,13 +36,21 @@ class RefineNetConfig:
     """The network of NCSN: a RefineNet with dilated convolutions."""
 
     num_channels: int = 32
-    """Width of the first stage, in channels; later stages have twice as many."""
-    normalization: Literal["conditional", "plain"] = "conditional"
-    """Instance norm with weights of its own for each noise level (1907.05600), or without
-    (2006.09011, the output is divided by sigma)."""
+    """Width of the first stage, in channels."""
+    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
+    """Width multiplier of each stage."""
+    dilations: tuple[int, ...] = (1, 1, 2, 4)
+    """Dilation of each stage; every stage of dilation 1 but the first halves the resolution."""
+    conditional: bool = True
+    """Instance norm with weights of its own for each noise level (1907.05600). false: one network
+    whose output is divided by sigma (2006.09011)."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "num_channels")
+        _require(
+            len(self.channel_mult) == len(self.dilations),
+            f"dilations: needs one number for each of channel_mult, not {list(self.dilations)}",
+        )
 
 
 @dataclass(frozen=True)
@@ -148,8 +156,9 @@ class SamplerConfig:
     """Time grid by name. None: the noise levels (ncsn), the solver's own (score_sde)."""
     t_end: float | None = None
     """Last time. None: 0 (ncsn), score.sde.time_eps but at least 1e-3 (score_sde)."""
-    step_ratio: float = 0.2
-    """langevin: step size over sigma^2 (epsilon / sigma_L^2 of 1907.05600)."""
+    step_ratio: float | None = 0.2
+    """langevin: step size over sigma^2 (epsilon / sigma_L^2 of 1907.05600). None: the one whose
+    variance is nearest to the right one (2006.09011, technique 4)."""
     snr: float = 0.16
     """predictor_corrector: signal-to-noise ratio of the corrector's step."""
     denoise: bool = True
@@ -161,7 +170,10 @@ class SamplerConfig:
             self.t_end is None or 0.0 <= self.t_end < 1.0,
             f"t_end: must lie in [0, 1), not {self.t_end}",
         )
-        _require(self.step_ratio < 4, f"step_ratio: must be below 4, not {self.step_ratio}")
+        _require(
+            self.step_ratio is None or self.step_ratio < 4,
+            f"step_ratio: must be below 4, not {self.step_ratio}",
+        )
 
 
 @dataclass(frozen=True)
