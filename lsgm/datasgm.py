@@ -1,0 +1,362 @@
+"""Score models in data space: NCSN (arXiv 1907.05600) and score-SDE models (arXiv 2011.13456).
+
+``DataSGM`` diffuses the images themselves where :class:`lsgm.models.LSGM` diffuses latents, with
+the same SDEs, objectives, solvers and run folders. Both kinds of it are a noise prediction under a
+linear SDE: NCSN's geometric noise levels lie evenly in the time of a variance-exploding SDE
+(:mod:`lsgm.noise_ladder`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lsgm.config import PriorNetworkConfig, SDEConfig
+from lsgm.config_data import (
+    LadderConfig,
+    RefineNetConfig,
+    SamplerConfig,
+    ScoreModelConfig,
+)
+from lsgm.data.pixels import Pixels
+from lsgm.data.spec import DataSpec
+from lsgm.errors import UserError
+from lsgm.networks import NCSNpp
+from lsgm.networks.ncsn import NCSN
+from lsgm.noise_ladder import NoiseLadder, select_step
+from lsgm.sde import LinearSDE, make_sde
+from lsgm.solvers import EpsFn, Hook, Solution, Solver, make_grid, make_solver
+from lsgm.tensors import expand_like
+from vae.random import Rng
+
+__all__ = [
+    "DATA_KINDS",
+    "DataSGM",
+    "DataScore",
+    "SamplerDefaults",
+    "build_data_model",
+    "build_sde",
+    "score_config_from",
+]
+
+DATA_KINDS = ("ncsn", "score_sde")
+
+
+@dataclass(frozen=True)
+class SamplerDefaults:
+    """The sampler that a model recommends: names and numbers as the command line takes them.
+
+    ``grid`` ``ladder`` is the model's own noise levels; ``options`` go to
+    :func:`lsgm.solvers.make_solver`.
+    """
+
+    solver: str
+    nfe: int
+    grid: str
+    t_end: float
+    options: dict[str, Any]
+
+
+class DataScore(nn.Module):
+    """Noise prediction of images by a network that may know the class.
+
+    ``eps(x_t, t, c) = network(x_t / sqrt(m^2 s^2 + sigma^2), condition(t), c)``: the input of the
+    network has the same size at every time, which matters under a variance-exploding SDE
+    (arXiv 2206.00364 section 5).
+
+    Args:
+        network: maps ``(B, C, H, W)``, ``(B,)`` and the labels ``(B,)`` or None to ``(B, C, H,
+            W)``; it runs in its own precision.
+        sde: the diffusion.
+        condition: ``"time"``, or ``"log_sigma"``: ``ln(sigma / m) / 4``.
+        data_std: ``s``; 0 leaves the input as it is.
+    """
+
+    def __init__(
+        self, network: nn.Module, sde: LinearSDE, condition: str = "time", data_std: float = 0.5
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.sde = sde
+        self.condition = condition
+        self.data_std = data_std
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Predicted noise ``(B, C, H, W)`` in float32, or in the dtype of ``x_t`` if wider.
+
+        ``x_t``: ``(B, C, H, W)``; ``t``: ``(B,)`` or a scalar; ``labels``: ``(B,)`` int64, where
+        the number of classes stands for no class.
+        """
+        dtype = next(self.parameters()).dtype
+        with torch.autocast(x_t.device.type, enabled=False):
+            t = t.reshape(-1)
+            m, var = self.sde.mean_coef(t), self.sde.var(t)
+            x = x_t.to(dtype)
+            if self.data_std > 0:
+                x = x * expand_like((m.square() * self.data_std**2 + var).rsqrt(), x)
+            given = t if self.condition == "time" else (0.5 * var.log() - m.log()) / 4
+        eps = self.network(x, given.to(dtype), labels)
+        return eps.to(torch.promote_types(x_t.dtype, torch.float32))
+
+
+class DataSGM(nn.Module):
+    """A score model of images.
+
+    Args:
+        kind: ``"ncsn"`` or ``"score_sde"``.
+        score: the noise prediction, ``(x_t, t)`` or ``(x_t, t, labels)`` to ``eps``.
+        sde: the diffusion; ``ladder``: the noise levels of NCSN, None for a score-SDE model.
+        pixels: the map between images and what is diffused.
+        config: the architecture; ``sampler``: the recommended sampler.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        score: nn.Module,
+        sde: LinearSDE,
+        ladder: NoiseLadder | None,
+        pixels: Pixels,
+        config: ScoreModelConfig,
+        sampler: SamplerConfig,
+    ) -> None:
+        super().__init__()
+        self.kind = kind
+        self.score = score
+        self.sde = sde
+        self.ladder = ladder
+        self.pixels = pixels
+        self.config = config
+        self.sampler = sampler
+
+    def describe(self) -> dict[str, Any]:
+        """What :func:`lsgm.load` needs to rebuild the architecture."""
+        return {
+            "score": asdict(self.config),
+            "sampler": asdict(self.sampler),
+            "spec": asdict(self.spec),
+        }
+
+    def with_score(self, score: nn.Module) -> DataSGM:
+        """The same model with another score network (the running average, say)."""
+        return DataSGM(
+            self.kind, score, self.sde, self.ladder, self.pixels, self.config, self.sampler
+        )
+
+    @property
+    def spec(self) -> DataSpec:
+        return self.pixels.spec
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes that the network can be told; None if it takes none."""
+        return self.spec.num_classes if self.config.class_conditional else None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    # The state of the diffusion, in the words that LSGM uses for its latents
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """Shape of what is diffused: the images without padding."""
+        return self.pixels.shape
+
+    def encode_state(
+        self, x: Tensor, rng: Rng = None, *, mean: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """From ``x (B, C, R, R)`` in [-1, 1], padded or not, to the state ``(B, *state_shape)``;
+        with ``mean`` without dequantisation noise. The list, finer latents, is empty.
+        """
+        return self.pixels.to_network((x + 1) / 2, rng, noise=not mean), []
+
+    def sample_finer(self, num: int, rng: Rng, temperature: float = 1.0) -> list[Tensor]:
+        """Nothing: there are no finer latents."""
+        return []
+
+    def decode_state(self, state: Tensor, finer: Sequence[Tensor] = ()) -> Tensor:
+        """Images in [0, 1] from the state."""
+        return self.to_images(state).clamp(0, 1)
+
+    def to_images(self, y: Tensor) -> Tensor:
+        """From the state ``(B, C, H, W)`` to images, in [0, 1] up to the model's own error."""
+        return self.pixels.to_images(y.float())
+
+    def prior_start(self, num: int, rng: Rng, temperature: float = 1.0) -> Tensor:
+        """Where generation starts, at ``t = 1``: ``(num, *state_shape)``."""
+        shape = (num, *self.state_shape)
+        return temperature * self.sde.prior_sample(shape, rng, device=self.device)
+
+    def eps_fn(self, labels: Tensor | None = None, guidance: float = 1.0) -> EpsFn:
+        """The noise prediction as solvers take it.
+
+        ``labels``: ``(B,)``, int64, the class of each image; None: no class. ``guidance``: ``w`` of
+        classifier-free guidance, ``eps = eps(x) + w (eps(x, c) - eps(x))`` (arXiv 2207.12598, whose
+        ``w`` is one less): 1 is the conditional model.
+
+        Raises:
+            UserError: The model takes no class, or has no such class.
+        """
+        if labels is None:
+            return self.score
+        classes = self.num_classes
+        if classes is None:
+            raise UserError("this model was trained without classes (score.class_conditional)")
+        labels = labels.to(self.device)
+        if labels.numel() and not (labels.min() >= 0 and labels.max() < classes):
+            raise UserError(f"this model has the classes 0 to {classes - 1}")
+        none = torch.full_like(labels, classes)
+
+        def eps(x_t: Tensor, t: Tensor) -> Tensor:
+            if guidance == 1.0:
+                return self.score(x_t, t, labels)
+            twice = self.score(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([none, labels]))
+            without, given = twice.chunk(2)
+            return without + guidance * (given - without)
+
+        return eps
+
+    # Sampling
+
+    @property
+    def defaults(self) -> SamplerDefaults:
+        """The recommended sampler."""
+        given, is_ncsn = self.sampler, self.ladder is not None
+        solver = given.solver or ("langevin" if is_ncsn else "predictor_corrector")
+        nfe, options = given.nfe or 200, {}
+        if solver == "predictor_corrector":
+            options = {"snr": given.snr, "denoise": given.denoise}
+        if solver == "langevin":
+            options = self._langevin_options()
+            levels = self.ladder.num_levels if self.ladder else 1
+            nfe = levels * options["steps_per_level"] + options["denoise"]
+        grid = given.grid or ("ladder" if is_ncsn else make_solver(solver).default_grid)
+        t_end = given.t_end
+        if t_end is None:
+            t_end = 0.0 if is_ncsn else max(1e-3, self.sde.t_min)
+        return SamplerDefaults(solver, nfe, grid, t_end, options)
+
+    def _langevin_options(self) -> dict[str, Any]:
+        if self.ladder is None:
+            raise UserError("sampler.solver: langevin needs the noise levels of kind ncsn")
+        levels, given = self.ladder.num_levels, self.sampler
+        steps = max(1, (given.nfe or 100 * levels) // levels)
+        ratio = given.step_ratio or select_step(self.ladder, steps).step_ratio
+        return {"steps_per_level": steps, "step_ratio": ratio, "denoise": given.denoise}
+
+    def default_solver(self) -> tuple[Solver, Tensor]:
+        """The recommended sampler as a solver and its times.
+
+        Raises:
+            UserError: The run's sampler section does not fit.
+        """
+        chosen = self.defaults
+        try:
+            solver = make_solver(chosen.solver, **chosen.options)
+            if solver.evaluations(1) is None:
+                return solver, torch.tensor([1.0, chosen.t_end], dtype=torch.float64)
+            if chosen.grid == "ladder":
+                if self.ladder is None:
+                    raise ValueError("only kind ncsn has a ladder")
+                return solver, self.ladder.times
+            steps = solver.steps_for(chosen.nfe)
+            return solver, make_grid(chosen.grid, self.sde, steps, chosen.t_end)
+        except ValueError as error:
+            raise UserError(f"sampler: {error}") from error
+
+    @torch.no_grad()
+    def sample(
+        self,
+        num: int,
+        rng: Rng = None,
+        *,
+        solver: Solver | None = None,
+        times: Tensor | None = None,
+        labels: Tensor | None = None,
+        guidance: float = 1.0,
+        hooks: Sequence[Hook] = (),
+        temperature: float = 1.0,
+        callback: Any = None,
+    ) -> Solution:
+        """Draw ``num`` states; :meth:`decode_state` makes images of them.
+
+        ``solver`` and ``times`` together replace the recommended sampler; ``labels`` and
+        ``guidance`` are those of :meth:`eps_fn`.
+        """
+        if solver is None or times is None:
+            solver, times = self.default_solver()
+        start = self.prior_start(num, rng, temperature)
+        eps = self.eps_fn(labels, guidance)
+        return solver.solve(self.sde, eps, start, times, rng=rng, hooks=hooks, callback=callback)
+
+
+def build_sde(kind: str, config: ScoreModelConfig) -> tuple[LinearSDE, NoiseLadder | None]:
+    """The diffusion of a model of that kind, and its noise levels if it has some.
+
+    Raises:
+        UserError: Values of the data that are still to be filled in
+            (:func:`lsgm.training.data_runs.fit_noise`), or out of range.
+    """
+    if kind != "ncsn":
+        return make_sde(**asdict(config.sde)), None
+    ladder = config.ladder
+    if ladder.sigma_max is None or ladder.levels is None:
+        raise UserError("score.ladder: sigma_max and levels have to be known to build the model")
+    built = NoiseLadder(ladder.sigma_max, ladder.sigma_min, ladder.levels)
+    return built.sde(), built
+
+
+def build_data_model(
+    kind: str, config: ScoreModelConfig, sampler: SamplerConfig, spec: DataSpec
+) -> DataSGM:
+    """The score model of ``config`` for the images of ``spec``.
+
+    Raises:
+        UserError: It does not fit the images, or classes are asked for and the data have none.
+    """
+    pixels = Pixels.of(spec, config.data_range, config.dequantise)
+    if config.class_conditional and not spec.num_classes:
+        raise UserError(f"score.class_conditional: {spec.name} has no classes")
+    sde, ladder = build_sde(kind, config)
+    channels, size, _ = pixels.shape
+    try:
+        if config.network == "refinenet":
+            if ladder is None:
+                raise ValueError("refinenet needs the noise levels of kind ncsn")
+            score: nn.Module = NCSN(channels, size, ladder, **asdict(config.refinenet))
+        else:
+            network = NCSNpp(
+                channels,
+                size,
+                num_classes=(spec.num_classes or 0) if config.class_conditional else 0,
+                **asdict(config.ncsnpp),
+            )
+            score = DataScore(network, sde, config.condition, config.data_std)
+    except ValueError as error:
+        raise UserError(f"score.{config.network}: {error}") from error
+    return DataSGM(kind, score, sde, ladder, pixels, config, sampler)
+
+
+def score_config_from(values: dict[str, Any]) -> ScoreModelConfig:
+    """The architecture from the plain values of a ``run.json``.
+
+    Raises:
+        TypeError, KeyError, ValueError: It does not fit.
+    """
+    sections = {
+        "ncsnpp": PriorNetworkConfig,
+        "refinenet": RefineNetConfig,
+        "sde": SDEConfig,
+        "ladder": LadderConfig,
+    }
+    built = {name: _tuples(cls, values[name]) for name, cls in sections.items()}
+    return ScoreModelConfig(**(values | built))
+
+
+def _tuples(cls: type, values: dict[str, Any]) -> Any:
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
