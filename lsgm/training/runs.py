@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from lsgm.config import DataConfig, LSGMTrainConfig, PriorConfig, TrainConfig, VAETrainConfig
-from lsgm.configio import save_config
-from lsgm.data import Batches, Datasets, build_datasets, preprocess
+from lsgm.data import Batches, Datasets, preprocess
 from lsgm.errors import UserError
 from lsgm.evaluation.figures import (
     image_grid,
@@ -27,7 +26,8 @@ from lsgm.options import SolverOptions
 from lsgm.sampling import draw_samples
 from lsgm.sde import largest_squared_distance
 from lsgm.training.distributed import World, distributed, on_main
-from lsgm.training.loop import EvalContext, fit
+from lsgm.training.launch import fit_run, open_run
+from lsgm.training.loop import EvalContext
 from lsgm.training.stages import LSGMStage, VAEStage
 from lsgm.training.state import Stage, TrainState
 from vae.objective import active_channels, kl_per_channel
@@ -48,7 +48,7 @@ def train_vae(config: VAETrainConfig, out: str | None = None, *, resume: bool = 
         UserError: The configuration does not fit the data, or the folder holds another run.
     """
     with distributed(config.train.device) as world:
-        run, datasets = _open(config.data, Path(out or Path("runs") / config.name), resume, world)
+        run, datasets = open_run(config, config.data, out, resume, world)
         torch.manual_seed(config.train.seed)
         model = VAEModel(build_vae(config.vae, datasets.spec), datasets.spec, config.vae)
         stage = VAEStage(model, config.objective)
@@ -78,7 +78,7 @@ def train_lsgm(config: LSGMTrainConfig, out: str | None = None, *, resume: bool 
         raise UserError("--vae: give the folder of a finished VAE run, for example --vae runs/vae")
     with distributed(config.train.device) as world:
         first = load(config.vae_run)
-        run, datasets = _open(config.data, Path(out or Path("runs") / config.name), resume, world)
+        run, datasets = open_run(config, config.data, out, resume, world)
         if isinstance(first, LSGM) and config.prior.training != "frozen":
             raise UserError(
                 f"--vae: {config.vae_run} is the run of an LSGM, not of a VAE; only a frozen VAE "
@@ -112,18 +112,6 @@ def _same_images(model: VAEModel, datasets: Datasets) -> bool:
     )
 
 
-def _open(data: DataConfig, path: Path, resume: bool, world: World) -> tuple[RunFolder, Datasets]:
-    """The run's folder, not yet made but checked to be free (or to hold a run, in a resume), and
-    the data.
-    """
-    run = RunFolder(path)
-    on_main(world, lambda: run.check(resume))
-    built: list[Datasets] = []
-    # The main process downloads what is missing before the others look.
-    on_main(world, lambda: built.append(build_datasets(data)))
-    return run, built[0] if built else build_datasets(data)
-
-
 def _fit(
     stage: Stage,
     model: VAEModel,
@@ -135,45 +123,14 @@ def _fit(
     resume: bool,
     world: World,
 ) -> None:
-    train = config.train
-    try:
-        batches = Batches(
-            datasets.train,
-            train.batch_size,
-            train=True,
-            seed=train.seed,
-            rank=world.rank,
-            world_size=world.size,
-        )
-    except ValueError as error:
-        raise UserError(f"train.batch_size: {error}") from None
-
-    def prepare() -> None:
-        # Only now that data and model have been built: a mistake leaves no folder in the way.
-        (RunFolder.resume if resume else RunFolder.create)(run.path)
-        if not run.config.exists():
-            save_config(config, run.config)
-
-    on_main(world, prepare)
-
     def evaluate(context: EvalContext) -> Mapping[str, float]:
         averaged = with_weights(model, context.models)
-        return on_main(world, lambda: _evaluate(averaged, datasets, data, train, context))
+        return on_main(world, lambda: _evaluate(averaged, datasets, data, config.train, context))
 
     def release(state: TrainState) -> None:
         save(with_weights(model, state.evaluation_models()), run.path, data, {"steps": state.step})
 
-    fit(
-        stage,
-        batches,
-        train,
-        optims,
-        run,
-        evaluate=evaluate,
-        resume=resume,
-        world=world,
-        release=release,
-    )
+    fit_run(stage, datasets, config, optims, run, resume, world, evaluate=evaluate, release=release)
 
 
 def with_weights(model: VAEModel, sides: Mapping[str, torch.nn.Module]) -> VAEModel:
