@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,16 @@ from lsgm.networks.refinenet import RefineBlock, ResidualStage, make_norm
 from lsgm.noise_ladder import NoiseLadder
 from lsgm.tensors import expand_like
 
-__all__ = ["NCSN"]
+__all__ = ["DEPTHS", "NCSN"]
+
+DEPTHS: dict[float, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    64: ((1, 2, 2, 2), (1, 1, 2, 4)),
+    128: ((1, 2, 2, 4, 4), (1, 1, 1, 2, 4)),
+    math.inf: ((1, 2, 2, 2, 4, 4), (1, 1, 1, 1, 2, 4)),
+}
+"""Width multipliers and dilations of the stages for images up to so many pixels (arXiv 2006.09011
+appendix B).
+"""
 
 
 class NCSN(nn.Module):
@@ -24,18 +34,16 @@ class NCSN(nn.Module):
     = -h(x)``; the decoder does not normalise and its pooling takes maxima. A time between two
     levels takes the nearest one's ``eps``, so the score stays in proportion to ``1 / sigma(t)``.
 
-    The default is the network for 28 to 64 pixels. NCSNv2 is deeper for larger images: 96 and 128
-    pixels ``channel_mult = (1, 2, 2, 4, 4)``, ``dilations = (1, 1, 1, 2, 4)``; 256 pixels
-    ``(1, 2, 2, 2, 4, 4)``, ``(1, 1, 1, 1, 2, 4)``.
+    Images up to 64 pixels have four stages; larger ones have more, as in NCSNv2 (:data:`DEPTHS`).
 
     Args:
         channels: ``C`` of the images.
         resolution: side ``S`` of the images in pixels, even after every halving but the last.
         ladder: noise levels; times are those of ``ladder.sde()``.
         num_channels: width of the first stage (the papers' ``ngf``: 128, for MNIST 64).
-        channel_mult: width of each stage over ``num_channels``.
+        channel_mult: width of each stage over ``num_channels``; ``None``: by the resolution.
         dilations: of each stage; every stage of dilation 1 but the first halves the resolution,
-            the others keep it.
+            the others keep it. ``None``: by the resolution.
         conditional: condition the normalisation on the level.
 
     Raises:
@@ -49,11 +57,14 @@ class NCSN(nn.Module):
         ladder: NoiseLadder,
         *,
         num_channels: int = 128,
-        channel_mult: Sequence[int] = (1, 2, 2, 2),
-        dilations: Sequence[int] = (1, 1, 2, 4),
+        channel_mult: Sequence[int] | None = None,
+        dilations: Sequence[int] | None = None,
         conditional: bool = True,
     ) -> None:
         super().__init__()
+        default = next(depth for limit, depth in DEPTHS.items() if resolution <= limit)
+        channel_mult = default[0] if channel_mult is None else channel_mult
+        dilations = default[1] if dilations is None else dilations
         _check_sizes(resolution, num_channels, channel_mult, dilations)
         self.channels, self.resolution = channels, resolution
         self.ladder, self.conditional = ladder, conditional
