@@ -11,32 +11,89 @@ __all__ = ["EvaluateOptions", "SampleOptions", "SolverOptions", "require_run"]
 
 @dataclass(frozen=True)
 class SolverOptions:
-    """How the latent prior is sampled."""
+    """How a score-based prior or model is sampled.
+
+    Options that are None are the solver's own choice; one that the solver does not have is refused.
+    """
 
     solver: str = "normal_reference_pc"
     """Solver by name: normal_reference_pc, dopri5 (adaptive), heun, ... (lsgm.solvers.SOLVERS)."""
-    nfe: int = 10
-    """Network evaluations per batch; adaptive solvers choose their own number."""
+    nfe: int | None = None
+    """Network evaluations per batch, 10 unless given; adaptive solvers choose their own number."""
     grid: str | None = None
-    """Time grid of solvers with fixed steps, by name (lsgm.solvers.GRIDS). None: the solver's own.
-    """
+    """Time grid of solvers with fixed steps, by name (lsgm.solvers.GRIDS), or pilot: chosen on a
+    few pilot trajectories. None: the solver's own."""
     t_end: float = 1e-3
     """Last time of the generative process; time runs from 1 down to it."""
-    tolerance: float = 1e-5
+    tolerance: float | None = None
     """Relative and absolute tolerance of adaptive solvers."""
+    order: int | None = None
+    """Order of multistep solvers."""
+    alpha: str | None = None
+    """Weight of the non-Normal part in normal_reference: a number in [0, 1], or model (the model's
+    mixing coefficients, one per channel)."""
+    corrector: bool | None = None
+    """Whether normal_reference and deis correct each step."""
+    corrector_from: int | None = None
+    """Fewest steps with which they do."""
+    variable: str | None = None
+    """Variable of the steps (euler, heun, rk4) or of the extrapolation (normal_reference, deis)."""
+    variant: str | None = None
+    """UniPC's bh1 or bh2."""
+    lower_order_final: bool | None = None
+    """Lower the order of multistep solvers in the last steps."""
+    eta: float | None = None
+    """Noise of ddim: 0 deterministic, 1 ancestral."""
+    predictor: str | None = None
+    """Predictor of predictor_corrector: reverse_diffusion, euler_maruyama, ancestral, ..."""
+    corrector_steps: int | None = None
+    """Langevin steps of predictor_corrector at each time."""
+    snr: float | None = None
+    """Signal-to-noise ratio of those steps."""
+    norm: str | None = None
+    """How those steps are scaled: image, batch or expected."""
+    noise_scale: float | None = None
+    """Factor on the predictor's noise."""
+    steps_per_level: int | None = None
+    """Langevin steps at each noise level (langevin)."""
+    step_ratio: float | None = None
+    """Size of those steps over the squared noise level (langevin)."""
+    denoise: bool | None = None
+    """End with a noiseless step (langevin, predictor_corrector)."""
+    churn: float | None = None
+    """Total amount of noise that edm_churn adds."""
+    churn_min: float | None = None
+    """Lowest noise level sigma / m at which it adds noise."""
+    churn_max: float | None = None
+    """Highest noise level sigma / m at which it adds noise."""
+    churn_noise: float | None = None
+    """Standard deviation of the added noise relative to the exact one (edm_churn)."""
+    state_dtype: str | None = None
+    """Precision of the solver's state: float64 or float32."""
     temperature: float = 1.0
-    """Standard deviation of the starting noise and of latents outside the prior."""
+    """Standard deviation of the starting noise (in units of the prior's) and of latents outside the
+    prior."""
     batch_size: int = 64
-    """Images at a time; adaptive solvers share their steps over a batch."""
+    """Images at a time. Every image has its own noise, so the images do not depend on it, except
+    with adaptive solvers and norm batch, whose steps are shared by a batch."""
     seed: int = 0
     """Seed of all noise."""
 
     def __post_init__(self) -> None:
         for name in ("nfe", "t_end", "tolerance", "temperature", "batch_size"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: must be positive, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}: must be positive, not {value}")
         if self.t_end >= 1:
             raise ValueError(f"t_end: must lie below 1, not {self.t_end}")
+        if self.seed < 0:
+            raise ValueError(f"seed: must not be negative, not {self.seed}")
+        if self.state_dtype not in (None, "float32", "float64"):
+            raise ValueError(f"state_dtype: must be float32 or float64, not {self.state_dtype}")
+
+
+MAX_GRID_IMAGES = 1024
+"""Most images that a PNG grid may hold: more could not be told apart."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +103,14 @@ class SampleOptions(SolverOptions):
     run: str | None = None
     """Folder of the run."""
     n: int = 64
-    """Number of images."""
+    """Number of images; at most 1024 in a PNG, any number in an NPZ, which is written batch by
+    batch."""
     out: str = "samples.png"
-    """File to write: .png (a grid) or .npz (the array `images`)."""
+    """File to write: .png (a grid) or .npz (the array `images` (N, C, H, W))."""
+    dtype: str = "float32"
+    """Images in an NPZ: float32 or float16 in [0, 1], or uint8 in 0..255."""
+    latents: bool = False
+    """Write the latents to the NPZ as well: `latents_0`, ..., coarsest group first, float32."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
 
@@ -58,6 +120,16 @@ class SampleOptions(SolverOptions):
             raise ValueError(f"n: must be positive, not {self.n}")
         if not self.out.endswith((".png", ".npz")):
             raise ValueError(f"out: must end in .png or .npz, not {self.out}")
+        if self.dtype not in ("float32", "float16", "uint8"):
+            raise ValueError(f"dtype: must be float32, float16 or uint8, not {self.dtype}")
+        if self.out.endswith(".png"):
+            if self.n > MAX_GRID_IMAGES:
+                raise ValueError(
+                    f"n: a PNG grid holds at most {MAX_GRID_IMAGES} images, not {self.n}; "
+                    "write an .npz"
+                )
+            if self.latents:
+                raise ValueError("latents: a PNG cannot hold them; write an .npz")
 
     def folder(self) -> str:
         return require_run(self.run)

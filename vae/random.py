@@ -3,7 +3,8 @@
 All noise of the package is drawn through :func:`randn` and :func:`rand`. With a
 :class:`ShardedGenerator` every process draws the noise of the *global* batch and keeps its own
 rows, so that N processes holding B/N images each see exactly the noise of one process holding B
-images.
+images. With :class:`RowGenerators` every image has a generator of its own, so that an image does
+not depend on the batch that it is made in.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Rng", "ShardedGenerator", "rand", "randn"]
+__all__ = ["Rng", "RowGenerators", "ShardedGenerator", "rand", "randn"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,27 @@ class ShardedGenerator:
             raise ValueError(f"rank must lie in [0, {self.world_size}), got {self.rank}")
 
 
-Rng: TypeAlias = torch.Generator | ShardedGenerator | None
+@dataclass(frozen=True)
+class RowGenerators:
+    """One generator for each row of the batch.
+
+    Args:
+        generators: On the same device, one a row.
+    """
+
+    generators: tuple[torch.Generator, ...]
+
+    @classmethod
+    def of(cls, seed: int, rows: Sequence[int]) -> RowGenerators:
+        """The generators of the images with these indices, on the CPU; ``seed`` is not negative.
+
+        The generator tells 2^32 seeds apart: consecutive ones never coincide within a run.
+        """
+        first = int(np.random.SeedSequence(seed).generate_state(1, np.uint32)[0])
+        return cls(tuple(torch.Generator().manual_seed((first + row) % 2**32) for row in rows))
+
+
+Rng: TypeAlias = torch.Generator | ShardedGenerator | RowGenerators | None
 
 
 def randn(
@@ -77,6 +99,11 @@ def _draw(
         full = (rows * rng.world_size, *size[1:])
         noise = draw(full, generator=rng.generator, device=rng.generator.device, dtype=dtype)
         return noise[rng.rank * rows : (rng.rank + 1) * rows].to(device)
+    if isinstance(rng, RowGenerators):
+        if shape[0] != len(rng.generators):
+            raise ValueError(f"{len(rng.generators)} generators for {shape[0]} rows")
+        rows = [draw(tuple(shape[1:]), generator=g, dtype=dtype) for g in rng.generators]
+        return torch.stack(rows).to(device)
     if rng is None:
         return draw(tuple(shape), device=device, dtype=dtype)
     # The generator's device decides where the numbers are made, so that one seed means the same

@@ -81,6 +81,7 @@ PREDICTORS: dict[str, Predictor] = {
 class PredictorCorrector(StepSolver):
     """One predictor step to each time, then Langevin steps there.
 
+    Hooks replace the state after the predictor and after every corrector step (ibid. appendix I.2).
     The corrector's step is ``2 a^2 (snr |e| / |score|)^2`` (ibid. algorithms 4 and 5, whose
     ``alpha_i`` is ``a^2``).
 
@@ -139,7 +140,7 @@ class PredictorCorrector(StepSolver):
                 return step.mean
             x = step.mean + self.noise_scale * step.std * problem.noise(x)
         for _ in range(self.corrector_steps):
-            x = self._correct(problem, i, x)
+            x = self._correct(problem, i, problem.project(x, grid.t[i + 1]))
         return x
 
     def _correct(self, problem: Problem, i: int, x: Tensor) -> Tensor:
