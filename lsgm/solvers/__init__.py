@@ -17,6 +17,7 @@ from lsgm.solvers.grids import GRIDS, make_grid, times_of_noise_levels
 from lsgm.solvers.langevin import AnnealedLangevin
 from lsgm.solvers.normal_reference import NormalReference
 from lsgm.solvers.ode import AdaptiveODE, Euler, Heun, RungeKutta4
+from lsgm.solvers.pilot import Pilot, PilotFit, choose_pilot, fit_pilot, pilot_grid
 from lsgm.solvers.predictor_corrector import PredictorCorrector
 from lsgm.solvers.stochastic import EDMChurn, SDEDPMSolverPP
 
@@ -34,6 +35,8 @@ __all__ = [
     "Heun",
     "Hook",
     "NormalReference",
+    "Pilot",
+    "PilotFit",
     "PredictorCorrector",
     "Progress",
     "RungeKutta4",
@@ -41,8 +44,11 @@ __all__ = [
     "Solution",
     "Solver",
     "UniPC",
+    "choose_pilot",
+    "fit_pilot",
     "make_grid",
     "make_solver",
+    "pilot_grid",
     "times_of_noise_levels",
 ]
 
@@ -59,7 +65,9 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "heun": Heun,
     "langevin": AnnealedLangevin,
     "normal_reference": NormalReference,
-    "normal_reference_pc": partial(NormalReference, order=3, corrector=True),
+    "normal_reference_pc": partial(
+        NormalReference, order=3, corrector=True, lower_order_final=True, corrector_from=4
+    ),
     "predictor_corrector": partial(PredictorCorrector, corrector_steps=1),
     "reverse_diffusion": partial(PredictorCorrector, predictor="reverse_diffusion"),
     "rk4": RungeKutta4,

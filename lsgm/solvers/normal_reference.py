@@ -32,7 +32,8 @@ UniC does, arXiv 2302.04867), one order more at the same number of calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -103,6 +104,23 @@ def step_weights(
     return StepWeights(propagator_to_s(m[:1], total[:1])[:, 0], basis @ integrand.T)
 
 
+@lru_cache(maxsize=1024)
+def _coefficients(
+    sde: LinearSDE,
+    t: float,
+    s: float,
+    nodes: tuple[float, ...],
+    alpha: tuple[float, ...],
+    variable: str,
+) -> Tensor:
+    """Propagator and residual weights of a step in one tensor, ``(1 + K, A)``; kept, since every
+    batch of a sampler takes the same steps.
+    """
+    values = torch.tensor(alpha, dtype=torch.float64)
+    weights = step_weights(sde, t, s, nodes, values, variable)
+    return torch.cat([weights.propagator[None], weights.residual])
+
+
 def _lagrange(nodes: Tensor, x: Tensor) -> Tensor:
     """The Lagrange basis on ``nodes (K,)`` at ``x (Q,)``: ``(K, Q)``."""
     rows = []
@@ -124,16 +142,21 @@ class NormalReference(MultistepSolver):
             the solver: any value gives a valid method.
         variable: What ``R`` is a polynomial in: a name in ``EXTRAPOLATION_VARIABLES``.
         corrector: Correct each step but the last with the evaluation at its predicted end.
+        corrector_from: Fewest steps with which ``corrector`` and ``lower_order_final`` take effect.
+            A correction of very long steps feeds back the error of their predictions.
     """
 
     alpha: float | Sequence[float] | Tensor = 0.02
     variable: str = "phi"
     corrector: bool = False
+    corrector_from: int = 1
 
     def __post_init__(self) -> None:
         lowest = 2 if self.corrector else 1
         if not lowest <= self.order <= 4:
             raise ValueError(f"order must lie in [{lowest}, 4], got {self.order}")
+        if self.corrector_from < 1:
+            raise ValueError(f"corrector_from must be at least 1, got {self.corrector_from}")
         if self.variable not in EXTRAPOLATION_VARIABLES:
             known = ", ".join(EXTRAPOLATION_VARIABLES)
             raise ValueError(
@@ -150,31 +173,49 @@ class NormalReference(MultistepSolver):
     def corrects(self) -> bool:
         return self.corrector
 
+    def _integrate(self, problem: Problem, x: Tensor) -> list[Tensor]:
+        if self.corrector and problem.num_steps < self.corrector_from:
+            plain = replace(self, corrector=False, lower_order_final=False)
+            return plain._integrate(problem, x)
+        return super()._integrate(problem, x)
+
     def _advance(
         self, problem: Problem, i: int, x: Tensor, first: int, values: Sequence[Tensor]
     ) -> Tensor:
         t = problem.schedule.t
-        nodes = t[first : first + len(values)]
-        weights = step_weights(problem.sde, t[i], t[i + 1], nodes, self._alphas(x), self.variable)
-        x = _per_channel(weights.propagator, x) * x
-        for weight, residual in zip(weights.residual, values, strict=True):
-            x = x + _per_channel(weight, x) * residual
+        nodes = tuple(t[first : first + len(values)])
+        alpha = self._alphas(x)
+        weights = _coefficients(problem.sde, t[i], t[i + 1], nodes, alpha, self.variable)
+        if len(alpha) == 1:
+            propagator, *residual = weights[:, 0].tolist()
+            x = propagator * x
+            for weight, value in zip(residual, values, strict=True):
+                x.add_(value, alpha=weight)
+            return x
+        propagator, *residual = _per_channel(weights, x)
+        x = propagator * x
+        for weight, value in zip(residual, values, strict=True):
+            x.addcmul_(weight, value)
         return x
 
     def _evaluate(self, problem: Problem, x: Tensor, j: int) -> Tensor:
         """``R = eps - (1 - alpha) sigma z / V`` at the j-th time; one network call."""
         t = problem.times[j : j + 1]
         normal = problem.schedule.sigma[j] / problem.sde.total_var(t).item()
-        linear = _per_channel((1 - self._alphas(x)) * normal, x)
-        return problem.eps(x, problem.schedule.t[j]) - linear * x
+        linear = [(1 - alpha) * normal for alpha in self._alphas(x)]
+        eps = problem.eps(x, problem.schedule.t[j])
+        if len(linear) == 1:
+            return eps.sub(x, alpha=linear[0])
+        (coefficient,) = _per_channel(torch.tensor([linear], dtype=torch.float64), x)
+        return eps.addcmul(coefficient, x, value=-1)
 
-    def _alphas(self, x: Tensor) -> Tensor:
-        alpha = torch.tensor(self.alpha, dtype=torch.float64).reshape(-1)
+    def _alphas(self, x: Tensor) -> tuple[float, ...]:
+        alpha = (self.alpha,) if isinstance(self.alpha, float) else tuple(self.alpha)
         if len(alpha) not in (1, x.shape[1]):
             raise ValueError(f"got {len(alpha)} values of alpha for {x.shape[1]} channels")
         return alpha
 
 
-def _per_channel(coefficient: Tensor, x: Tensor) -> Tensor:
-    """``(1,)`` or ``(C,)`` shaped to multiply ``x (B, C, ...)``."""
-    return coefficient.to(x).reshape(1, -1, *(1,) * (x.ndim - 2))
+def _per_channel(coefficients: Tensor, x: Tensor) -> Tensor:
+    """``(N, C)`` to ``(N, 1, C, 1, ...)``: each row multiplies ``x (B, C, ...)``."""
+    return coefficients.to(x).reshape(len(coefficients), 1, -1, *(1,) * (x.ndim - 2))
