@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from lsgm.benchmark.joint import joint_command
 from lsgm.benchmark.training import train_command
 from lsgm.benchmark.vae import vae_command
+from lsgm.benchmark.variance import variance_command
 
 __all__ = ["COMMANDS"]
 
@@ -14,5 +15,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "joint": joint_command,
     "train": train_command,
     "vae": vae_command,
+    "variance": variance_command,
 }
 """Benchmarks by name; a new one is one function over its arguments and its line here."""

@@ -37,6 +37,7 @@ from lsgm.training.precision import choose_device
 from lsgm.training.stages import LSGMStage, VAEStage
 from lsgm.training.state import Stage, StepContext, StepOutput
 from vae.random import randn
+from vae.regularization import norm_regularizer
 
 __all__ = ["JointCost", "PriorStage", "joint_command", "measure_joint", "phases"]
 
@@ -49,7 +50,8 @@ class PriorStage(Stage):
     """The prior's own gradient step on given latents ``(B, C, H, W)``: neither VAE nor data.
 
     Args:
-        stage: A second stage, whose score network, weighting and times it uses.
+        stage: A second stage, whose score network, weighting, times and regularisers of the prior
+            it uses.
     """
 
     def __init__(self, stage: LSGMStage) -> None:
@@ -59,6 +61,8 @@ class PriorStage(Stage):
         self.proposal = stage.proposal_p
         self.likelihood = stage.likelihood
         self.stratified = stage.stratified
+        self.spectral = stage.regularizers.get("prior_spectral")
+        self.spectral_weight, self.norm_weight = stage.spectral_weight, stage.norm_weight
 
     def trainables(self) -> dict[str, nn.Module]:
         return {"prior": self.score}
@@ -74,7 +78,12 @@ class PriorStage(Stage):
             stratified=self.stratified,
             rng=context.rng,
         )
-        return StepOutput(losses.surrogate)
+        loss = losses.surrogate
+        if self.spectral is not None:
+            loss = loss + self.spectral_weight * self.spectral()
+        if self.norm_weight > 0:
+            loss = loss + self.norm_weight * norm_regularizer(self.score)
+        return StepOutput(loss)
 
 
 @dataclass(frozen=True)
@@ -222,8 +231,8 @@ class JointCost:
             StepCost.header(),
             *(cost.row() for cost in costs),
             f"VAE + prior: {total:.3f} s, {self.memory[VAE] + self.memory[PRIOR]:.0f} MiB",
-            f"joint / (VAE + prior): {self.seconds(JOINT) / total:.3f} of medians, {fastest:.3f} of "
-            f"fastest steps; by round {statistics.median(ratios):.3f} (median), "
+            f"joint / (VAE + prior): {self.seconds(JOINT) / total:.3f} of medians, "
+            f"{fastest:.3f} of fastest steps; by round {statistics.median(ratios):.3f} (median), "
             f"{min(ratios):.3f} to {max(ratios):.3f}; "
             f"memory {self.memory[JOINT] / (self.memory[VAE] + self.memory[PRIOR]):.3f}",
         ]
