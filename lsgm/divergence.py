@@ -40,10 +40,15 @@ class Divergence(ABC):
         """Probes for ``x (B, *shape)``: ``(P, B, *shape)``; P is 0 where none are needed."""
 
     @abstractmethod
-    def __call__(self, fn: Field, x: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
-        """``fn(x) (B, *shape)`` and its divergence ``(B,)``, without gradients; works under
-        ``torch.no_grad()``.
+    def per_probe(self, fn: Field, x: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
+        """``fn(x) (B, *shape)`` and its divergence by each probe ``(P, B)``, one row where there
+        are none; without gradients, and works under ``torch.no_grad()``.
         """
+
+    def __call__(self, fn: Field, x: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
+        """``fn(x) (B, *shape)`` and its divergence ``(B,)``, the mean over the probes."""
+        value, traces = self.per_probe(fn, x, probe)
+        return value, traces.mean(0)
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class ExactDivergence(Divergence):
     def probe(self, x: Tensor, rng: Rng = None) -> Tensor:
         return x.new_empty((0, *x.shape))
 
-    def __call__(self, fn: Field, x: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
+    def per_probe(self, fn: Field, x: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             value = fn(x)
@@ -63,7 +68,7 @@ class ExactDivergence(Divergence):
             divergence = x.new_zeros(len(x))
             for i in range(flat.shape[1]):
                 divergence = divergence + _gradient(flat[:, i].sum(), x).flatten(1)[:, i]
-        return value.detach(), divergence
+        return value.detach(), divergence[None]
 
 
 @dataclass(frozen=True)
@@ -98,14 +103,12 @@ class HutchinsonDivergence(Divergence):
             return randn(x.shape, rng, device=x.device, dtype=x.dtype)
         return 1 - 2 * (rand(x.shape, rng, device=x.device, dtype=x.dtype) < 0.5).to(x.dtype)
 
-    def __call__(self, fn: Field, x: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
+    def per_probe(self, fn: Field, x: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             value = fn(x)
-            divergence = x.new_zeros(len(x))
-            for p in probe:
-                divergence = divergence + sum_except_batch(_gradient((value * p).sum(), x) * p)
-        return value.detach(), divergence / len(probe)
+            traces = [sum_except_batch(_gradient((value * p).sum(), x) * p) for p in probe]
+        return value.detach(), torch.stack(traces)
 
 
 def _gradient(scalar: Tensor, x: Tensor) -> Tensor:

@@ -7,12 +7,18 @@ Along ``dz/dt = v(z, t) = f z + g^2 eps / (2 sigma)`` the log-density changes by
 
 Both integrals are solved as one adaptive system. Log-densities are in nats; what bounds are made of
 them is in :mod:`vae.objective` and :mod:`lsgm.evaluation`.
+
+With Hutchinson's estimate of ``div v`` and fixed probes the log-density is unbiased, so means of it
+(a NELBO) are right. Its exponential is not: ``E exp(log p + noise) > p``, and an importance-
+weighted "bound" made of it comes out below the true negative log-likelihood.
+:meth:`OdeLogDensity.exact` gives log-densities for that use, and refuses estimated ones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +29,7 @@ from lsgm.solvers.base import EpsFn, probability_flow_velocity
 from lsgm.solvers.ode import Backend, integrate_adaptive
 from vae.random import Rng
 
-__all__ = ["OdeLogDensity", "ode_log_density"]
+__all__ = ["OdeLogDensity", "ToleranceRow", "ode_log_density", "tolerance_convergence"]
 
 METHODS: dict[str, Backend] = {"dopri5": "torchdiffeq", "rk45": "scipy"}
 
@@ -37,11 +43,37 @@ class OdeLogDensity:
             unbiased; ``exp(log_prob)`` is not.
         nfe: Network calls on the batch (each with the backward passes of the divergence).
         latent: The end of the ODE at ``t = 1``, ``(B, *shape)``.
+        per_probe: The log-density by each probe, ``(P, B)`` nats; ``log_prob`` is their mean.
+        random: Whether the divergence was estimated.
     """
 
     log_prob: Tensor
     nfe: int
     latent: Tensor
+    per_probe: Tensor
+    random: bool
+
+    @property
+    def probe_variance(self) -> Tensor | None:
+        """Variance over probes of the log-density by one probe, ``(B,)`` nats squared, unbiased; 0
+        for an exact divergence, None where a single probe cannot tell.
+        """
+        if not self.random:
+            return torch.zeros_like(self.log_prob)
+        return self.per_probe.var(0) if len(self.per_probe) > 1 else None
+
+    def exact(self) -> Tensor:
+        """``log_prob``, exact up to the solver's tolerance, for use as an importance weight.
+
+        Raises:
+            ValueError: The divergence was estimated.
+        """
+        if self.random:
+            raise ValueError(
+                "a log-density with an estimated divergence cannot be exponentiated: the bound "
+                "would lie below the truth; use the exact divergence"
+            )
+        return self.log_prob
 
 
 def ode_log_density(
@@ -106,14 +138,72 @@ def ode_log_density(
         def velocity(x: Tensor) -> Tensor:
             return probability_flow_velocity(sde, eps_fn(x, batch_t).to(x.dtype), x, time)
 
-        value, trace = divergence(velocity, state[:size].reshape(z0.shape).to(z0.dtype), probe)
-        return torch.cat([value.flatten(), trace]).to(state_dtype)
+        x = state[:size].reshape(z0.shape).to(z0.dtype)
+        value, traces = divergence.per_probe(velocity, x, probe)
+        return torch.cat([value.flatten(), traces.flatten()]).to(state_dtype)
 
     start, end = torch.tensor([t_end, 1.0], dtype=time_dtype).tolist()
-    state = torch.cat([z0.detach().flatten(), z0.new_zeros(len(z0))]).to(state_dtype)
+    rows = max(len(probe), 1)
+    state = torch.cat([z0.detach().flatten(), z0.new_zeros(rows * len(z0))]).to(state_dtype)
     with torch.no_grad():
         state = integrate_adaptive(
             dynamics, state, start, end, rtol=rtol, atol=atol, backend=METHODS[method]
         )
     latent = state[:size].reshape(z0.shape)
-    return OdeLogDensity(sde.prior_log_prob(latent) + state[size:], nfe, latent)
+    per_probe = sde.prior_log_prob(latent) + state[size:].reshape(rows, len(z0))
+    return OdeLogDensity(per_probe.mean(0), nfe, latent, per_probe, divergence.random)
+
+
+@dataclass(frozen=True)
+class ToleranceRow:
+    """One line of :func:`tolerance_convergence`.
+
+    Attributes:
+        tolerance: Relative and absolute.
+        log_prob: Mean over the batch, nats.
+        error: Root mean square over the batch of the difference to the tightest tolerance, nats.
+        nfe: Network calls.
+    """
+
+    tolerance: float
+    log_prob: float
+    error: float
+    nfe: int
+
+
+def tolerance_convergence(
+    sde: LinearSDE,
+    eps_fn: EpsFn,
+    z0: Tensor,
+    tolerances: Sequence[float] = (1e-3, 1e-4, 1e-5, 1e-6),
+    *,
+    seed: int = 0,
+    **options: Any,
+) -> tuple[ToleranceRow, ...]:
+    """How the log-density of ``z0`` ``(B, *shape)`` depends on the solver's tolerance, loosest
+    first, with the same probes at each.
+
+    ``options`` are those of :func:`ode_log_density`.
+    """
+    ordered = sorted(tolerances, reverse=True)
+    found = [
+        ode_log_density(
+            sde,
+            eps_fn,
+            z0,
+            rtol=tolerance,
+            atol=tolerance,
+            rng=torch.Generator().manual_seed(seed),
+            **options,
+        )
+        for tolerance in ordered
+    ]
+    return tuple(
+        ToleranceRow(
+            tolerance,
+            density.log_prob.mean().item(),
+            (density.log_prob - found[-1].log_prob).square().mean().sqrt().item(),
+            density.nfe,
+        )
+        for tolerance, density in zip(ordered, found, strict=True)
+    )

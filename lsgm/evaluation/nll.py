@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -17,18 +17,22 @@ from torch import Tensor
 
 from lsgm.data import DataSpec, ImageDataset, fixed_binarisation, preprocess
 from lsgm.divergence import make_divergence
-from lsgm.likelihood import ode_log_density
+from lsgm.likelihood import ode_log_density, tolerance_convergence
 from lsgm.models import LSGM, NELBO, VAEModel
 from vae.objective import bits_per_dim, importance_weighted_bound, standard_normal_log_prob
+from vae.random import Rng
 
 __all__ = [
     "Estimate",
     "LikelihoodReport",
+    "PosteriorDraw",
+    "Values",
     "evaluation_batches",
     "iw_bound",
     "nelbo",
     "normal_nelbo",
     "ode_nelbo",
+    "posterior_draw",
 ]
 
 
@@ -97,12 +101,12 @@ def evaluation_batches(
 
 
 @dataclass
-class _Evaluation:
-    """Per-image values of a pass over the data."""
+class Values:
+    """Per-image values of a pass over the data, one tensor ``(b,)`` a batch."""
 
-    total: list[Tensor]
-    reconstruction: list[Tensor]
-    kl: list[Tensor]
+    total: list[Tensor] = field(default_factory=list)
+    reconstruction: list[Tensor] = field(default_factory=list)
+    kl: list[Tensor] = field(default_factory=list)
 
     def report(
         self, model: VAEModel, bound: str, estimator: str, start: float, **settings: Any
@@ -125,6 +129,37 @@ class _Evaluation:
         )
 
 
+@dataclass(frozen=True)
+class PosteriorDraw:
+    """One draw of an LSGM's latents for a batch of images.
+
+    ``top``: latents of the coarsest scale, ``(B, C, H, W)``; in nats, ``(B,)`` float64:
+    ``reconstruction`` ``-log p(x | z)``, ``log_q`` ``log q(z | x)`` of all latents, ``log_p_rest``
+    the log-density of the finer scales under N(0, I).
+    """
+
+    top: Tensor
+    reconstruction: Tensor
+    log_q: Tensor
+    log_p_rest: Tensor
+
+    def log_weight(self, log_p_top: Tensor) -> Tensor:
+        """``log p(x, z) - log q(z | x)``, ``(B,)``, given the log-density of ``top``."""
+        return log_p_top.double() + self.log_p_rest - self.reconstruction - self.log_q
+
+
+def posterior_draw(model: LSGM, taps: Sequence[Tensor], x: Tensor, rng: Rng) -> PosteriorDraw:
+    """Draw latents for ``x`` from the encoder's features ``taps``, which several draws share."""
+    output = model.vae.infer(taps, rng)
+    eps = output.posterior.eps
+    reconstruction = model.vae.reconstruction(output, x).double()
+    log_p_rest = torch.zeros_like(reconstruction)
+    for e in eps[model.vae.num_groups_per_scale :]:
+        log_p_rest = log_p_rest + standard_normal_log_prob(e).double().flatten(1).sum(1)
+    log_q = sum(part.double().flatten(1).sum(1) for part in output.posterior.log_q)
+    return PosteriorDraw(model.vae.concat_top(eps).float(), reconstruction, log_q, log_p_rest)
+
+
 @torch.no_grad()
 def nelbo(
     model: VAEModel,
@@ -143,7 +178,7 @@ def nelbo(
     """
     start = time.perf_counter()
     rng = torch.Generator().manual_seed(seed)
-    values = _Evaluation([], [], [])
+    values = Values()
     for x in batches:
         draws: list[NELBO] = [model.nelbo(x, rng) for _ in range(samples)]
         values.total.append(torch.stack([d.total for d in draws]).mean(0).cpu())
@@ -187,7 +222,7 @@ def iw_bound(
     """
     start = time.perf_counter()
     rng = torch.Generator().manual_seed(seed)
-    values = _Evaluation([], [], [])
+    values = Values()
     for x in batches:
         log_w = torch.stack([-VAEModel.nelbo(model, x, rng).total for _ in range(k)])
         values.total.append(-importance_weighted_bound(log_w).cpu())
@@ -206,41 +241,56 @@ def ode_nelbo(
     t_end: float = 1e-5,
     tolerance: float = 1e-5,
     divergence: str = "hutchinson",
+    probes: int = 1,
+    check_images: int = 8,
     seed: int = 0,
     callback: Callable[[int], None] | None = None,
     **settings: Any,
 ) -> LikelihoodReport:
     """NELBO with ``-log p(z)`` from the probability-flow ODE (2106.05931, Sec. 5; 2011.13456, App.
     D.2), one draw per image.
+
+    The settings of the report hold ``probe_variance``, the mean over images of the variance that
+    one probe's log-density has (None for one probe, 0 for an exact divergence), and
+    ``tolerance_change``, the root mean square difference in nats that a tenfold tolerance makes on
+    the first ``check_images`` images (None where there are none).
     """
     start = time.perf_counter()
     rng = torch.Generator().manual_seed(seed)
-    values = _Evaluation([], [], [])
-    evaluations = []
+    options = {"num_probes": probes} if divergence == "hutchinson" else {}
+    estimator = make_divergence(divergence, **options)
+    values = Values()
+    evaluations, variances, change = [], [], None
     for x in batches:
-        output = model.vae(x, rng=rng)
-        eps = output.posterior.eps
+        draw = posterior_draw(model, model.vae.encoder(x), x, rng)
         density = ode_log_density(
             model.sde,
             model.score,
-            model.vae.concat_top(eps).float(),
-            divergence=make_divergence(divergence),
+            draw.top,
+            divergence=estimator,
             t_end=t_end,
             rtol=tolerance,
             atol=tolerance,
             rng=rng,
         )
-        rest = sum(
-            standard_normal_log_prob(e).double().flatten(1).sum(1)
-            for e in eps[model.vae.num_groups_per_scale :]
-        )
-        log_q = sum(part.double().flatten(1).sum(1) for part in output.posterior.log_q)
-        reconstruction = model.vae.reconstruction(output, x).double()
-        kl = log_q - density.log_prob.double() - rest
-        values.total.append((reconstruction + kl).cpu())
-        values.reconstruction.append(reconstruction.cpu())
-        values.kl.append(kl.cpu())
+        if not evaluations and check_images:
+            table = tolerance_convergence(
+                model.sde,
+                model.score,
+                draw.top[:check_images],
+                (10 * tolerance, tolerance),
+                seed=seed,
+                divergence=estimator,
+                t_end=t_end,
+            )
+            change = table[0].error
+        total = -draw.log_weight(density.log_prob)
+        values.total.append(total.cpu())
+        values.reconstruction.append(draw.reconstruction.cpu())
+        values.kl.append((total - draw.reconstruction).cpu())
         evaluations.append(density.nfe)
+        if density.probe_variance is not None:
+            variances.append(density.probe_variance.cpu())
         if callback:
             callback(len(x))
     return values.report(
@@ -250,6 +300,9 @@ def ode_nelbo(
         start,
         t_end=t_end,
         tolerance=tolerance,
+        tolerance_change=change,
+        probes=probes if estimator.random else None,
+        probe_variance=torch.cat(variances).mean().item() if variances else None,
         nfe=sum(evaluations) / max(len(evaluations), 1),
         seed=seed,
         **settings,

@@ -22,11 +22,11 @@ from lsgm.evaluation.figures import (
     reconstruction_grid,
     save_grid,
 )
+from lsgm.evaluation.importance import exact_iw_bound, iw
 from lsgm.evaluation.nll import (
     Estimate,
     LikelihoodReport,
     evaluation_batches,
-    iw_bound,
     nelbo,
     normal_nelbo,
     ode_nelbo,
@@ -52,8 +52,9 @@ Metric = Callable[..., LikelihoodReport]
 METRICS: dict[str, Metric] = {
     "nelbo": nelbo,
     "normal": normal_nelbo,
-    "iw": iw_bound,
+    "iw": iw,
     "ode": ode_nelbo,
+    "iw_exact": exact_iw_bound,
 }
 """Likelihood bounds by name; a new one is one function over (model, batches) and its line here."""
 
@@ -114,15 +115,15 @@ def evaluate_run(folder: Path, options: EvaluateOptions) -> RunReport:
 
 
 def applies(name: str, model: VAEModel) -> bool:
-    """Whether a metric is defined for a model: ``iw`` needs the prior N(0, I),
-    ``normal`` and ``ode`` a score-based one.
+    """Whether a metric is defined for a model: ``normal``, ``ode`` and ``iw_exact`` need a
+    score-based prior.
 
     Raises:
         UserError: There is no metric of this name.
     """
     if name not in METRICS:
         raise UserError(f"--metrics: unknown metric {name}; known are {', '.join(METRICS)}")
-    return name == "nelbo" or (name != "iw") == isinstance(model, LSGM)
+    return name in ("nelbo", "iw") or isinstance(model, LSGM)
 
 
 def _run_metric(
@@ -149,6 +150,7 @@ def _run_metric(
         "normal": {"samples": options.samples},
         "iw": {"k": options.k},
         "ode": {"tolerance": options.tolerance},
+        "iw_exact": {"k": options.k, "tolerance": options.tolerance},
     }[name]
     with tqdm(total=total, desc=f"{label} {name}", unit="img", leave=False, disable=None) as bar:
         return METRICS[name](

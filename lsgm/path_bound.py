@@ -1,0 +1,254 @@
+r"""The diffusion prior as a deep hierarchical model: importance weights that bound its density.
+
+The generative process on times ``1 = t_N > ... > t_1 = t_min`` is a chain of Gaussians that ends in
+the data ``z_0`` (arXiv 2006.11239 section 3; arXiv 2107.00630 eq. 11),
+
+    p(z_N) = N(0, prior_var I),    p(z_s | z_t) = N( (z_t - b^2 eps(z_t, t) / sigma_t) / a, c I ) ,
+
+where ``z_t = a z_s + b e`` is the forward transition between neighbouring times; of the last step
+``z_s`` is ``z_0`` (``a = m_t``, ``b = sigma_t``). With the optimal ``eps`` the mean is exactly
+``E[z_s | z_t]``, whatever the data. For a path drawn from ``q(z_N, ..., z_1 | z_0)``
+
+    log w = log p(z_N) + sum log p(z_s | z_t) - log q(z_N, ..., z_1 | z_0)
+
+has ``E[w] = p(z_0)`` exactly, for every N and every ``c > 0``, so that ``log w`` may be put into an
+importance-weighted bound (arXiv 1509.00519): nothing noisy is exponentiated, the path belongs to
+the latents. The number of steps and the variances decide only how tight the bound is.
+
+Paths are drawn backwards, ``z_N`` first and then ``q(z_s | z_t, z_0)``: the same joint law as the
+forward Markov chain, but only one state is held at a time and each ratio is one of nearby
+Gaussians.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lsgm.sde import LinearSDE
+from lsgm.solvers.base import EpsFn
+from lsgm.solvers.grids import make_grid
+from lsgm.tensors import sum_except_batch
+from vae.random import Rng, randn
+
+__all__ = ["PathPrior", "PathStep", "Variances", "path_steps"]
+
+Variances = tuple[Tensor, ...]
+"""Of each step's ``p(z_s | z_t)``, broadcastable to ``(B, *shape)``: a scalar or one a channel."""
+
+LEAST_ERROR = 1e-3
+"""Smallest mean squared error of the noise prediction that a calibration believes, in units of the
+Normal component's for data from N(0, I), ``m^2 / total_var``.
+"""
+
+
+@dataclass(frozen=True)
+class PathStep:
+    """Coefficients of one generative step from time ``t`` to ``s < t``, or to the data.
+
+    Attributes:
+        t: Where the network is called.
+        m: Mean coefficient of the kernel at ``t``.
+        var: Its variance.
+        m_next: Mean coefficient at ``s``; 1 for the data.
+        var_next: Variance at ``s``; 0 for the data.
+        total: Variance of ``z_t`` if the smoothed data were N(0, I).
+        total_next: The same of ``z_s``.
+    """
+
+    t: float
+    m: float
+    var: float
+    m_next: float
+    var_next: float
+    total: float
+    total_next: float
+
+    @property
+    def last(self) -> bool:
+        """Whether the step ends in the data."""
+        return self.var_next == 0
+
+    @property
+    def a(self) -> float:
+        """Factor of the forward transition ``z_t = a z_s + b e``."""
+        return self.m / self.m_next
+
+    @property
+    def b2(self) -> float:
+        """Variance of the forward transition."""
+        return self.var - self.a**2 * self.var_next
+
+    @property
+    def posterior_var(self) -> float:
+        """Variance of ``q(z_s | z_t, z_0)``: the least that ``p(z_s | z_t)`` can need."""
+        return self.b2 * self.var_next / self.var
+
+    @property
+    def normal_var(self) -> float:
+        """Variance of ``z_s`` given ``z_t`` for smoothed data from N(0, I); ``b2`` for a VP SDE."""
+        return self.total_next * self.b2 / self.total
+
+    def posterior_mean(self, z_t: Tensor, z0: Tensor) -> Tensor:
+        """Mean of ``q(z_s | z_t, z_0)``."""
+        return self.a * self.var_next / self.var * z_t + self.m_next * self.b2 / self.var * z0
+
+    def mean(self, z_t: Tensor, eps: Tensor) -> Tensor:
+        """Mean of ``p(z_s | z_t)``: the posterior's at the predicted data."""
+        return (z_t - self.b2 / math.sqrt(self.var) * eps) / self.a
+
+    def optimal_var(self, error: Tensor) -> Tensor:
+        """Best variance for a mean squared error ``E (eps_hat - eps)^2`` of the noise prediction:
+        ``E (z_s - mean)^2`` (arXiv 2201.06503 theorem 1, for any predictor).
+        """
+        return self.posterior_var + self.b2**2 / (self.a**2 * self.var) * error
+
+
+def path_steps(sde: LinearSDE, steps: int, grid: str, t_end: float) -> tuple[PathStep, ...]:
+    """Steps from 1 down to ``t_end`` on the grid of that name, and one from there to the data.
+
+    Raises:
+        ValueError: No such grid, too few steps, or a kernel without variance at ``t_end``.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    one = torch.ones(1, dtype=torch.float64)
+    times = one if steps == 1 else make_grid(grid, sde, steps - 1, t_end)
+    var = sde.var(times)
+    if not (var > 0).all():
+        raise ValueError(f"the kernel has no variance at t_end={t_end}: choose a larger time")
+    zero = 0 * one
+    columns = (times, sde.mean_coef(times), var, sde.total_var(times))
+    t, m, var, total = (column.tolist() for column in columns)
+    m_next, var_next = [*m[1:], 1.0], [*var[1:], 0.0]
+    total_next = [*total[1:], (sde.total_var(zero) - sde.var(zero)).item()]
+    return tuple(map(PathStep, t, m, var, m_next, var_next, total, total_next))
+
+
+@dataclass(frozen=True)
+class PathPrior:
+    """A score model as a chain of Gaussians, with a density that importance weights can bound.
+
+    Build it with :meth:`of`. ``eps_fn`` is called ``len(steps)`` times a path.
+    """
+
+    sde: LinearSDE
+    eps_fn: EpsFn
+    steps: tuple[PathStep, ...]
+    variances: Variances
+
+    @classmethod
+    def of(
+        cls,
+        sde: LinearSDE,
+        eps_fn: EpsFn,
+        steps: int,
+        *,
+        grid: str = "phi",
+        t_end: float | None = None,
+    ) -> PathPrior:
+        """A chain of ``steps`` network calls, with the variances that are exact for a prior
+        N(0, I); :meth:`calibrated` fits them.
+
+        Args:
+            sde: The forward SDE.
+            eps_fn: The noise prediction; must act on each image by itself.
+            steps: ``N``.
+            grid: Time grid by name (:data:`lsgm.solvers.GRIDS`).
+            t_end: The last time at which the network is called; default the SDE's cutoff.
+
+        Raises:
+            ValueError: An unknown grid, too few steps, or no variance at ``t_end``.
+        """
+        chain = path_steps(sde, steps, grid, sde.t_min if t_end is None else t_end)
+        variances = tuple(torch.tensor(step.normal_var, dtype=torch.float64) for step in chain)
+        return cls(sde, eps_fn, chain, variances)
+
+    def _predict(self, z: Tensor, step: PathStep, dtype: torch.dtype) -> Tensor:
+        t = torch.full((len(z),), step.t, dtype=dtype, device=z.device)
+        return self.eps_fn(z.to(dtype), t).to(z.dtype)
+
+    @torch.no_grad()
+    def log_weight(self, z0: Tensor, rng: Rng = None) -> Tensor:
+        """``log p(z_0, path) - log q(path | z_0)`` of one path for each ``z0 (B, *shape)``.
+
+        ``(B,)`` nats, float64; the expectation of its exponential is ``p(z_0)``. The network is
+        called in the dtype of ``z0``.
+        """
+        z_data, first = z0.double(), self.steps[0]
+        noise = randn(z0.shape, rng, device=z0.device).double()
+        z = first.m * z_data + math.sqrt(first.var) * noise
+        log_w = _log_ratio(z.square() / self.sde.prior_var, noise, self.sde.prior_var / first.var)
+        for step, variance in zip(self.steps, self.variances, strict=True):
+            variance = variance.to(z)
+            mean = step.mean(z, self._predict(z, step, z0.dtype))
+            if step.last:
+                error = (z_data - mean).square() / variance
+                return log_w - 0.5 * sum_except_batch(error + (2 * math.pi * variance).log())
+            noise = randn(z0.shape, rng, device=z0.device).double()
+            z = step.posterior_mean(z, z_data) + math.sqrt(step.posterior_var) * noise
+            error = (z - mean).square() / variance
+            log_w = log_w + _log_ratio(error, noise, variance / step.posterior_var)
+        raise AssertionError("a chain ends in the data")
+
+    @torch.no_grad()
+    def sample(
+        self,
+        shape: tuple[int, ...],
+        rng: Rng = None,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Data from the chain, ``shape`` with the batch first: ancestral sampling."""
+        z = self.sde.prior_sample(shape, rng, device=device, dtype=dtype).double()
+        for step, variance in zip(self.steps, self.variances, strict=True):
+            noise = randn(shape, rng, device=device, dtype=dtype).double()
+            mean = step.mean(z, self._predict(z, step, dtype))
+            z = mean + variance.to(z).sqrt() * noise
+        return z.to(dtype)
+
+    @torch.no_grad()
+    def calibrated(self, z0: Tensor, rng: Rng = None, *, chunk: int = 64) -> PathPrior:
+        """The same chain with the variances that suit latents like ``z0 (B, *shape)`` best, one a
+        channel (the first axis after the batch), at the cost of one path of each.
+
+        Any variances give a valid bound as long as they do not depend on what is evaluated: take
+        ``z0`` from :meth:`sample`, or encodings of training images. The error of the Normal
+        component, whose expectation is known, is a control variate: for a prior close to N(0, I)
+        the variances are nearly noise-free.
+        """
+        variances = []
+        for step in self.steps:
+            sigma, normal = math.sqrt(step.var), math.sqrt(step.var) / step.total
+            errors, controls = [], []
+            for z in z0.split(chunk):
+                eps = randn(z.shape, rng, device=z.device).double()
+                z_t = step.m * z.double() + sigma * eps
+                errors.append((self._predict(z_t, step, z.dtype) - eps).square())
+                expected = (normal * step.m * z.double()).square() + (normal * sigma - 1) ** 2
+                controls.append((normal * z_t - eps).square() - expected)
+            error, control = torch.cat(errors), torch.cat(controls)
+            # The coefficient of least variance; 1 where the network is the Normal component.
+            spread = _channel_mean(control.square()).clamp(min=torch.finfo(torch.float64).tiny)
+            gain = _channel_mean((error - _channel_mean(error)) * control) / spread
+            least = LEAST_ERROR * step.m**2 / step.total
+            error = _channel_mean(error - gain * control).clamp(min=least)
+            variances.append(step.optimal_var(error))
+        return replace(self, variances=tuple(variances))
+
+
+def _log_ratio(error: Tensor, noise: Tensor, var_ratio: Tensor | float) -> Tensor:
+    """``log N(z; mean_p, var_p) - log N(z; mean_q, var_q)`` summed over an image, from the squared
+    error in units of ``var_p``, the noise that made ``z`` from ``q``, and ``var_p / var_q``.
+    """
+    log_var = torch.as_tensor(var_ratio, dtype=noise.dtype, device=noise.device).log()
+    return -0.5 * sum_except_batch(error - noise.square() + log_var)
+
+
+def _channel_mean(x: Tensor) -> Tensor:
+    """Mean of ``x (B, C, ...)`` over all but the channels, shaped to broadcast: ``(C, 1, ...)``."""
+    return x.mean([0, *range(2, x.ndim)]).reshape(-1, *(1,) * (x.ndim - 2))
