@@ -28,6 +28,7 @@ from lsgm.errors import UserError
 from lsgm.networks import NCSNpp
 from lsgm.networks.ncsn import NCSN
 from lsgm.noise_ladder import NoiseLadder, select_step
+from lsgm.release import section
 from lsgm.sde import LinearSDE, make_sde
 from lsgm.solvers import EpsFn, Hook, Solution, Solver, make_grid, make_solver
 from lsgm.tensors import expand_like
@@ -40,7 +41,7 @@ __all__ = [
     "SamplerDefaults",
     "build_data_model",
     "build_sde",
-    "score_config_from",
+    "data_model_of",
 ]
 
 DATA_KINDS = ("ncsn", "score_sde")
@@ -342,8 +343,8 @@ def build_data_model(
     return DataSGM(kind, score, sde, ladder, pixels, config, sampler)
 
 
-def score_config_from(values: dict[str, Any]) -> ScoreModelConfig:
-    """The architecture from the plain values of a ``run.json``.
+def data_model_of(description: dict[str, Any], spec: DataSpec) -> DataSGM:
+    """The model of a run's description.
 
     Raises:
         TypeError, KeyError, ValueError: It does not fit.
@@ -354,9 +355,8 @@ def score_config_from(values: dict[str, Any]) -> ScoreModelConfig:
         "sde": SDEConfig,
         "ladder": LadderConfig,
     }
-    built = {name: _tuples(cls, values[name]) for name, cls in sections.items()}
-    return ScoreModelConfig(**(values | built))
-
-
-def _tuples(cls: type, values: dict[str, Any]) -> Any:
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    values = dict(description["score"])
+    built = {name: section(cls, values.pop(name)) for name, cls in sections.items()}
+    config = ScoreModelConfig(**values, **built)
+    sampler = section(SamplerConfig, description["sampler"])
+    return build_data_model(description["kind"], config, sampler, spec)

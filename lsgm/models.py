@@ -7,32 +7,35 @@ images, and :meth:`nelbo` of images, in nats.
 
 from __future__ import annotations
 
-import json
-import platform
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from lsgm.config import (
     RETIRED_KEYS,
-    DataConfig,
     PriorConfig,
     PriorNetworkConfig,
     SDEConfig,
     VAEConfig,
 )
 from lsgm.data.spec import DataSpec
+from lsgm.datasgm import DATA_KINDS, data_model_of
 from lsgm.errors import UserError
-from lsgm.files import atomic_write, atomic_write_json
 from lsgm.networks import NCSNpp
 from lsgm.objectives import NormalReference, latent_cross_entropy
+from lsgm.release import (
+    MISFITS,
+    load_data_config,
+    load_weights,
+    misfit,
+    read_description,
+    save,
+    section,
+)
 from lsgm.score import MixedNormalScore
 from lsgm.sde import LinearSDE, make_sde
 from lsgm.solvers import Solution, Solver
@@ -52,9 +55,6 @@ __all__ = [
     "load_data_config",
     "save",
 ]
-
-WEIGHTS = "model.safetensors"
-DESCRIPTION = "run.json"
 
 
 @dataclass(frozen=True)
@@ -275,81 +275,16 @@ def _total(parts: Sequence[Tensor]) -> Tensor:
     return torch.stack([part.double().flatten(1).sum(1) for part in parts]).sum(0)
 
 
-def save(
-    model: VAEModel, folder: Path, data: DataConfig, notes: dict[str, Any] | None = None
-) -> None:
-    """Write the model's weights and description into ``folder``; each file appears whole or not at
-    all.
-    """
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    with atomic_write(folder / WEIGHTS) as file:
-        file.write(to_safetensors(state))
-    description = {
-        "kind": model.kind,
-        **model.describe(),
-        "data": asdict(data),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        **(notes or {}),
-    }
-    atomic_write_json(folder / DESCRIPTION, description)
-
-
-def read_description(folder: Path) -> dict[str, Any]:
-    """The contents of a run's ``run.json``.
-
-    Raises:
-        UserError: The folder is not a finished run.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such run folder")
-    for name in (DESCRIPTION, WEIGHTS):
-        if not (folder / name).is_file():
-            hint = (
-                "training has not finished; continue it with --resume"
-                if (folder / "checkpoints").is_dir()
-                else "not a run"
-            )
-            raise UserError(f"{folder}: {name} is missing ({hint})")
-    try:
-        description = json.loads((folder / DESCRIPTION).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder / DESCRIPTION}: not valid JSON ({error})") from None
-    if not isinstance(description, dict):
-        raise UserError(f"{folder / DESCRIPTION}: expected a JSON object")
-    return description
-
-
-_MISFITS = (KeyError, TypeError, ValueError)
-
-
-def _misfit(folder: Path, error: Exception) -> UserError:
-    """What is wrong with a run's description, by the error that it led to."""
-    reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-    return UserError(f"{folder / DESCRIPTION}: {reason}")
-
-
-def _section(cls: type, values: dict[str, Any]) -> Any:
-    """A config dataclass from plain JSON values.
-
-    Raises:
-        ValueError: Values that are no mapping, or not those of the dataclass.
-    """
-    if not isinstance(values, dict):
-        raise ValueError(f"expected the keys of {cls.__name__}, not {values!r}")
-    converted = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return cls(**converted)
-
-
 def prior_config_from(values: dict[str, Any]) -> PriorConfig:
     values = {k: v for k, v in values.items() if f"prior.{k}" not in RETIRED_KEYS}
-    network = _section(PriorNetworkConfig, values.pop("network"))
-    sde = _section(SDEConfig, values.pop("sde"))
+    network = section(PriorNetworkConfig, values.pop("network"))
+    sde = section(SDEConfig, values.pop("sde"))
     return PriorConfig(network=network, sde=sde, **values)
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu") -> VAEModel:
-    """Rebuild the model of a finished run, in eval mode: a :class:`LSGM` or a plain
-    :class:`VAEModel`.
+def load(folder: str | Path, device: str | torch.device = "cpu") -> Any:
+    """Rebuild the model of a finished run, in eval mode, by its kind: a :class:`LSGM`, a plain
+    :class:`VAEModel`, or a :class:`~lsgm.datasgm.DataSGM`.
 
     Raises:
         UserError: The folder is not a finished run, or its files are damaged or do not fit
@@ -358,42 +293,30 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> VAEModel:
     folder = Path(folder)
     description = read_description(folder)
     try:
-        spec = DataSpec(**description["spec"])
-        vae_config = _section(VAEConfig, description["vae"])
-        vae = build_vae(vae_config, spec)
-        model: VAEModel
-        if description["kind"] not in (VAEModel.kind, LSGM.kind):
-            raise ValueError(f"unknown kind {description['kind']!r}; known are vae and lsgm")
-        if description["kind"] == LSGM.kind:
-            prior_config = prior_config_from(description["prior"])
-            model = LSGM(vae, build_prior(prior_config, vae), spec, vae_config, prior_config)
-        else:
-            model = VAEModel(vae, spec, vae_config)
-    except _MISFITS as error:
-        raise _misfit(folder, error) from error
-    try:
-        model.load_state_dict(load_file(folder / WEIGHTS))
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{folder / WEIGHTS}: damaged or truncated ({error})") from None
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise UserError(
-            f"{folder / WEIGHTS}: weights do not fit {DESCRIPTION}: {first[:200]}"
-        ) from None
+        kind = description["kind"]
+        if kind not in BUILDERS:
+            raise ValueError(f"unknown kind {kind!r}; known are {', '.join(BUILDERS)}")
+        model = BUILDERS[kind](description, DataSpec(**description["spec"]))
+    except MISFITS as error:
+        raise misfit(folder, error) from error
+    load_weights(model, folder)
     return model.to(device).eval()
 
 
-def load_data_config(folder: str | Path, root: str | None = None) -> DataConfig:
-    """The data section that a run was trained with; ``root`` says where the data lie now, if
-    elsewhere.
+def _vae_of(description: dict[str, Any], spec: DataSpec) -> VAEModel:
+    config = section(VAEConfig, description["vae"])
+    return VAEModel(build_vae(config, spec), spec, config)
 
-    Raises:
-        UserError: The folder is not a finished run, or its description is damaged.
-    """
-    folder = Path(folder)
-    description = read_description(folder)
-    try:
-        data: DataConfig = _section(DataConfig, description["data"])
-    except _MISFITS as error:
-        raise _misfit(folder, error) from error
-    return replace(data, root=root) if root else data
+
+def _lsgm_of(description: dict[str, Any], spec: DataSpec) -> LSGM:
+    config = section(VAEConfig, description["vae"])
+    vae, prior = build_vae(config, spec), prior_config_from(description["prior"])
+    return LSGM(vae, build_prior(prior, vae), spec, config, prior)
+
+
+BUILDERS: dict[str, Callable[[dict[str, Any], DataSpec], nn.Module]] = {
+    VAEModel.kind: _vae_of,
+    LSGM.kind: _lsgm_of,
+    **dict.fromkeys(DATA_KINDS, data_model_of),
+}
+"""How a model is built from its description, by kind."""

@@ -45,9 +45,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
-def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Plot training and test NELBO of ``runs`` (label -> metrics lines) against training minutes,
-    one after the other.
+def learning_curves(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    path: Path,
+    metric: str = "nelbo",
+    ylabel: str = "NELBO, nats an image",
+) -> None:
+    """Plot a metric (the NELBO) in training and test of ``runs`` (label -> metrics lines) against
+    training minutes, one after the other.
     """
     import matplotlib
 
@@ -61,9 +66,9 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path)
         minutes = 0.0
         for phase, style, what in (("train", "-", "training"), ("eval", "o--", "test")):
             points = [
-                (line["train_seconds"] / 60, line["nelbo"])
+                (line["train_seconds"] / 60, line[metric])
                 for line in lines
-                if line["phase"] == phase and line.get("nelbo") is not None
+                if line["phase"] == phase and line.get(metric) is not None
             ]
             if not points:
                 continue
@@ -84,7 +89,7 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path)
         low, high = min(values), max(values)
         axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.15 * (high - low) + 1e-3)
     axes.set_xlabel("training time, minutes")
-    axes.set_ylabel("NELBO, nats an image")
+    axes.set_ylabel(ylabel)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()

@@ -77,8 +77,10 @@ def train_lsgm(config: LSGMTrainConfig, out: str | None = None, *, resume: bool 
     if config.vae_run is None or config.data is None:
         raise UserError("--vae: give the folder of a finished VAE run, for example --vae runs/vae")
     with distributed(config.train.device) as world:
-        first = load(config.vae_run)
+        first: Any = load(config.vae_run)
         run, datasets = open_run(config, config.data, out, resume, world)
+        if not isinstance(first, VAEModel):
+            raise UserError(f"--vae: {config.vae_run} is not the run of a VAE")
         if isinstance(first, LSGM) and config.prior.training != "frozen":
             raise UserError(
                 f"--vae: {config.vae_run} is the run of an LSGM, not of a VAE; only a frozen VAE "

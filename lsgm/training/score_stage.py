@@ -1,0 +1,96 @@
+"""Training of a score model in data space, NCSN's and score-SDE's alike.
+
+Both are the weighted squared error of the noise (:func:`lsgm.score_matching.score_loss`); they
+differ in the times: the noise levels of a ladder, or a density on [t_min, 1].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lsgm.config_data import ScoreObjectiveConfig
+from lsgm.data.spec import LabelledImages
+from lsgm.datasgm import DataSGM
+from lsgm.errors import UserError
+from lsgm.noise_ladder import LadderTimes
+from lsgm.score import EpsFn
+from lsgm.score_matching import ScoreLoss, score_loss
+from lsgm.times import TimeProposal, make_proposal
+from lsgm.training.state import Stage, StepContext, StepOutput
+from lsgm.weighting import make_weighting
+from vae.random import Rng, rand
+
+__all__ = ["ScoreStage"]
+
+
+class ScoreStage(Stage):
+    """Denoising or sliced score matching of images (1907.05600, eq. 6; 2011.13456, eq. 7).
+
+    Args:
+        model: The model; its ``score`` is trained.
+        objective: Estimator, weighting, times and the fraction of hidden classes.
+
+    Raises:
+        UserError: The weighting or the times do not fit the SDE.
+    """
+
+    def __init__(self, model: DataSGM, objective: ScoreObjectiveConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        try:
+            self.weighting = make_weighting(
+                "unweighted" if model.ladder is not None else objective.weighting
+            )
+            self.proposal: TimeProposal = (
+                make_proposal(objective.proposal, model.sde, self.weighting)
+                if model.ladder is None
+                else LadderTimes(model.ladder)
+            )
+        except ValueError as error:
+            raise UserError(f"objective: {error}") from error
+
+    def trainables(self) -> dict[str, nn.Module]:
+        return {"score": self.model.score}
+
+    def forward(self, images: Tensor | LabelledImages, context: StepContext) -> StepOutput:
+        """``images`` ``(B, C, R, R)`` in [0, 1], with labels for a class-conditional model; the
+        loss is a mean over the images' values.
+        """
+        pixels, rng = self.model.pixels, context.rng
+        x, labels = images if isinstance(images, LabelledImages) else (images, None)
+        x = pixels.to_network(pixels.augment(x, rng), rng, noise=True)
+        result = self.loss(x, self.hide(labels, rng), rng)
+        size = self.model.spec.num_dims
+        metrics = {"error": result.error.mean() / size}
+        return StepOutput(loss=result.loss / size, metrics=metrics)
+
+    def hide(self, labels: Tensor | None, rng: Rng = None) -> Tensor | None:
+        """Replace a fraction ``label_dropout`` of ``labels (B,)`` by the class of no class."""
+        if labels is None or self.model.num_classes is None:
+            return None
+        hidden = rand(labels.shape, rng, device=labels.device) < self.objective.label_dropout
+        return torch.where(hidden, self.model.num_classes, labels)
+
+    def loss(self, x: Tensor, labels: Tensor | None, rng: Rng = None) -> ScoreLoss:
+        """The objective of ``x (B, C, H, W)``, as the diffusion sees images, summed over an
+        image's values.
+        """
+        score, objective = self.model.score, self.objective
+
+        def with_labels(x_t: Tensor, t: Tensor) -> Tensor:
+            return score(x_t, t, labels)
+
+        eps_fn: EpsFn = score if labels is None else with_labels
+        return score_loss(
+            self.model.sde,
+            eps_fn,
+            x,
+            weighting=self.weighting,
+            proposal=self.proposal,
+            estimator=objective.estimator,
+            num_projections=objective.projections,
+            stratified=objective.stratified_times,
+            rng=rng,
+        )
