@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from lsgm.errors import UserError
 
-__all__ = ["EvaluateOptions", "SampleOptions", "SolverOptions", "require_run"]
+__all__ = ["EvaluateOptions", "QualityOptions", "SampleOptions", "SolverOptions", "require_run"]
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,37 @@ class SampleOptions(SolverOptions):
 
 
 @dataclass(frozen=True)
+class QualityOptions:
+    """Scores of samples against the test images."""
+
+    extractor: str | None = None
+    """Features: classifier (of the dataset's own labels; trained once, about a minute),
+    efficientnet_lite0, inception (FID). None: no scores."""
+    num: int = 2048
+    """Number of samples."""
+    nfe: tuple[int, ...] = ()
+    """Other numbers of network evaluations to score the samples at."""
+    images: str = "draws"
+    """Binary data: draws (one Bernoulli draw a pixel) or means (grey decoder means)."""
+    neighbours: int = 3
+    """Neighbour that sets the radius of precision and recall."""
+    cache: str | None = None
+    """Folder of trained classifiers and features of data. None: LSGM_CACHE, else
+    ~/.cache/lsgm/evaluation."""
+    seed: int = 0
+    """Seed of the subsets, of the groups of standard errors and of the choice of training images.
+    """
+
+    def __post_init__(self) -> None:
+        if self.num < 20:
+            raise ValueError(f"num: must be 20 at least, not {self.num}")
+        if min((self.neighbours, *self.nfe)) <= 0:
+            raise ValueError("nfe, neighbours: must be positive")
+        if self.images not in ("draws", "means"):
+            raise ValueError(f"images: must be draws or means, not {self.images}")
+
+
+@dataclass(frozen=True)
 class EvaluateOptions:
     """Evaluate trained runs."""
 
@@ -149,6 +180,17 @@ class EvaluateOptions:
     """File for the report as JSON."""
     pictures: str | None = None
     """Folder for sample and reconstruction grids and learning curves of the runs."""
+    out: str | None = None
+    """Folder for report.json, report.md and their pictures. None: RUN/evaluation of each run, if
+    report is set."""
+    report: bool = False
+    """Write the report of each run."""
+    iw: tuple[int, ...] = (1, 2, 4, 8)
+    """Numbers of posterior draws of the plot of importance-weighted bounds in the report."""
+    iw_images: int = 256
+    """Images of that plot."""
+    neighbours: int = 10
+    """Samples whose nearest training images the report shows."""
     limit: int | None = None
     """Use the first so many images only."""
     samples: int = 1
@@ -165,14 +207,18 @@ class EvaluateOptions:
     """Where the data lie, if elsewhere than in training."""
     sampling: SolverOptions = field(default_factory=SolverOptions)
     """Sampler of the pictures and of NFE and seconds a sample."""
+    quality: QualityOptions = field(default_factory=QualityOptions)
+    """Scores of samples."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
 
     def __post_init__(self) -> None:
-        for name in ("limit", "samples", "k", "batch_size", "tolerance"):
+        for name in ("limit", "samples", "k", "batch_size", "tolerance", "iw_images", "neighbours"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}: must be positive, not {value}")
+        if any(k <= 0 for k in self.iw):
+            raise ValueError("iw: must be positive")
         if self.split not in ("test", "train"):
             raise ValueError(f"split: must be test or train, not {self.split}")
 
