@@ -125,7 +125,7 @@ def level_overlap(ratio: float, dimension: int) -> float:
     The norm of ``N(0, sigma^2 I)`` in ``D`` dimensions is about ``N(sqrt(D) sigma, sigma^2 / 2)``;
     this is the probability, at the smaller of two levels, of a norm within three standard
     deviations of the larger's, ``Phi(sqrt(2D)(gamma - 1) + 3 gamma) - Phi(sqrt(2D)(gamma - 1) -
-    3 gamma)`` (arXiv 2006.09011 technique 2). The published ladders have 0.57.
+    3 gamma)`` (arXiv 2006.09011 technique 2). The published ladders have 0.567.
     """
     shift = math.sqrt(2 * dimension) * (ratio - 1)
     return float(ndtr(shift + 3 * ratio) - ndtr(shift - 3 * ratio))
