@@ -181,10 +181,10 @@ class EvaluateOptions:
     pictures: str | None = None
     """Folder for sample and reconstruction grids and learning curves of the runs."""
     out: str | None = None
-    """Folder for report.json, report.md and their pictures. None: RUN/evaluation of each run, if
-    report is set."""
-    report: bool = False
-    """Write the report of each run."""
+    """Folder for report.json, report.md and their pictures, in a folder for each run if there are
+    several. None: RUN/evaluation."""
+    report: bool = True
+    """Write that report."""
     iw: tuple[int, ...] = (1, 2, 4, 8)
     """Numbers of posterior draws of the plot of importance-weighted bounds in the report."""
     iw_images: int = 256

@@ -26,10 +26,14 @@ __all__ = [
     "PrecisionRecall",
     "SmallSampleWarning",
     "frechet_distance",
-    "grouped_jackknife",
     "import_torch_fidelity",
     "inception_score",
+    "inside_support",
+    "jackknife",
+    "jackknife_error",
+    "jackknife_groups",
     "kernel_distance",
+    "kernel_distance_replicates",
     "nearest_neighbours",
     "precision_recall",
     "small_sample_notes",
@@ -251,28 +255,76 @@ def nearest_neighbours(queries: Tensor, train: Tensor, k: int = 1, block: int = 
     return Neighbours(index, best)
 
 
-def grouped_jackknife(
-    statistic: Callable[[Tensor], float], num: int, *, groups: int = 10, seed: int = 0
-) -> float:
-    """Standard error of ``statistic(kept indices)`` over ``num`` independent images: leave out one
-    of ``groups`` random parts at a time.
-
-    It needs no independence of the statistic's own bias (the Frechet distance has one of order
-    1/N, which all leave-outs share), and repeats to the digit for a seed.
-    """
-    groups = min(groups, num)
-    if groups < 2:
+def jackknife_groups(num: int, groups: int = 10, seed: int = 0) -> tuple[Tensor, ...]:
+    """Random parts of 0..num-1, of equal size up to one; the same for the same arguments."""
+    if num < 2:
         raise ValueError("a standard error needs two images at least")
     order = torch.randperm(num, generator=torch.Generator().manual_seed(seed))
-    parts = order.tensor_split(groups)
-    values = torch.tensor(
-        [
-            statistic(torch.cat([part for j, part in enumerate(parts) if j != i]).sort().values)
-            for i in range(groups)
-        ],
-        dtype=torch.float64,
+    return order.tensor_split(min(groups, num))
+
+
+def jackknife(
+    statistic: Callable[[Tensor], float], num: int, *, groups: int = 10, seed: int = 0
+) -> Tensor:
+    """``statistic(kept indices)`` with one of the groups left out at a time, ``(groups,)``.
+
+    A bias of the statistic that depends on the number of images alone (the Frechet distance has
+    one of order 1/N) is shared by all of them and does not enter their spread.
+    """
+    parts = jackknife_groups(num, groups, seed)
+    kept = (torch.cat([p for j, p in enumerate(parts) if j != i]) for i in range(len(parts)))
+    return torch.tensor([statistic(index.sort().values) for index in kept], dtype=torch.float64)
+
+
+def jackknife_error(replicates: Tensor) -> float:
+    """Standard error of a statistic from its leave-one-group-out values ``(G,)``, over independent
+    images; of a difference, from the differences of the values.
+    """
+    return math.sqrt((len(replicates) - 1) * replicates.var(correction=0).item())
+
+
+def kernel_distance_replicates(a: Tensor, b: Tensor, *, groups: int = 10, seed: int = 0) -> Tensor:
+    """:func:`jackknife` over ``a`` of the unbiased kernel distance of all of ``a`` and ``b``; the
+    kernel is summed by blocks once.
+    """
+    x, y = a.double(), b.double()
+    parts = jackknife_groups(len(x), groups, seed)
+
+    def kernel(u: Tensor, v: Tensor) -> Tensor:
+        return (u @ v.T / x.shape[1] + 1) ** 3
+
+    inner = torch.tensor(
+        [[kernel(x[p], x[q]).sum().item() for q in parts] for p in parts], dtype=torch.float64
     )
-    return math.sqrt((groups - 1) * values.var(correction=0).item())
+    inner -= torch.diag(torch.stack([(x[p].square().mean(1) + 1).pow(3).sum() for p in parts]))
+    cross = torch.stack([sum_blocks(kernel, x[p], y) for p in parts])
+    outer = sum_blocks(kernel, y, y) - (y.square().mean(1) + 1).pow(3).sum()
+    values = []
+    for i, part in enumerate(parts):
+        n, m = len(x) - len(part), len(y)
+        own = inner.sum() - inner[i].sum() - inner[:, i].sum() + inner[i, i]
+        values.append(
+            own / (n * (n - 1)) + outer / (m * (m - 1)) - 2 * (cross.sum() - cross[i]) / (n * m)
+        )
+    return torch.stack(values)
+
+
+def sum_blocks(
+    kernel: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, block: int = 1000
+) -> Tensor:
+    """Sum of ``kernel`` over all pairs, a block of rows at a time."""
+    return torch.stack([kernel(part, y).sum() for part in x.split(block)]).sum()
+
+
+def inside_support(points: Tensor, support: Tensor, k: int = 3, block: int = 1000) -> Tensor:
+    """Whether each of ``points`` ``(N, D)`` lies within a row of ``support`` ``(M, D)`` no farther
+    than that row's ``k``-th neighbour in ``support`` (1904.06991, eq. 1): ``(N,)`` bool.
+    """
+    points, support = points.double(), support.double()
+    radii = torch.cat(
+        [torch.cdist(p, support).kthvalue(k + 1).values for p in support.split(block)]
+    )
+    return torch.cat([(torch.cdist(p, support) <= radii).any(1) for p in points.split(block)])
 
 
 def small_sample_notes(num_samples: int, num_real: int, num_features: int) -> tuple[str, ...]:

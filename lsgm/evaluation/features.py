@@ -29,7 +29,6 @@ from lsgm.evaluation.distances import (
     PrecisionRecall,
     SmallSampleWarning,
     frechet_distance,
-    grouped_jackknife,
     import_torch_fidelity,
     inception_score,
     kernel_distance,
@@ -42,6 +41,7 @@ __all__ = [
     "EXTRACTORS",
     "Activations",
     "FeatureExtractor",
+    "NetworkExtractor",
     "InceptionScore",
     "KernelDistance",
     "Moments",
@@ -51,7 +51,6 @@ __all__ = [
     "cache_root",
     "extract",
     "frechet_distance",
-    "grouped_jackknife",
     "import_torch_fidelity",
     "inception_score",
     "kernel_distance",
@@ -97,7 +96,7 @@ class FeatureExtractor(Protocol):
         """Features and class logits of images ``(B, C, H, W)`` in [0, 1], in one pass."""
 
 
-class _Extractor:
+class NetworkExtractor:
     """An extractor around a network that returns features and logits."""
 
     def __init__(
@@ -189,7 +188,7 @@ def inception(device: torch.device | str = "cpu") -> FeatureExtractor:
     def run(images: Tensor) -> tuple[Tensor, Tensor]:
         return network(to_uint8_rgb(images).to(device))
 
-    return _Extractor(
+    return NetworkExtractor(
         "Inception-v3 pool features (torch-fidelity)",
         "8-bit colour, grey repeated, enlarged to 299x299 as TensorFlow 1 does",
         found,
@@ -224,7 +223,7 @@ def efficientnet_lite0(device: torch.device | str = "cpu") -> FeatureExtractor:
         features = network.extract_features(x).mean((2, 3))
         return features, network._fc(features)
 
-    return _Extractor(
+    return NetworkExtractor(
         "EfficientNet-Lite0 pool features",
         "8-bit colour, grey repeated, resized to 224x224 (bicubic, antialiased)",
         _file_hash(path),
@@ -248,7 +247,7 @@ def classifier(
     trained = train_classifier(datasets, settings or ClassifierSettings(), cache, device)
     spec = datasets.spec
     seen = ", half of them binarised" if spec.binary else ""
-    return _Extractor(
+    return NetworkExtractor(
         f"classifier features ({spec.name} {trained.labels})",
         f"{spec.image_size}x{spec.image_size} as they are; the classifier saw training images"
         f"{seen}, and has an accuracy of {trained.test_accuracy:.3f} on test images",
