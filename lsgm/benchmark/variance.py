@@ -312,6 +312,7 @@ def draw_figure(rows: Sequence[NoiseRow], path: Path) -> None:
                     lw=1,
                 )
             axes.set_yscale("log")
+            axes.tick_params(axis="y", which="both", labelsize=7)
             axes.set_xticks(range(len(weightings)), weightings, fontsize=8)
             axes.set_xlim(-0.5, len(weightings) - 0.5)
             axes.grid(alpha=0.3, axis="y")
