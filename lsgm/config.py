@@ -167,7 +167,9 @@ class PriorNetworkConfig:
     num_cells_per_scale: int = 2
     """Residual blocks per resolution."""
     embedding_dim: int = 128
-    """Size of the time embedding."""
+    """Size of the time features."""
+    embedding_width: int | None = None
+    """Size of the time embedding that is computed from them. None: 4 embedding_dim."""
     embedding_type: Literal["positional", "fourier"] = "positional"
     """Time embedding: sinusoids of t, or random Fourier features of log t."""
     embedding_scale: float = 1000.0
@@ -190,7 +192,8 @@ class PriorNetworkConfig:
     def __post_init__(self) -> None:
         _require_positive(
             self,
-            "num_channels num_scales num_cells_per_scale embedding_dim embedding_scale",
+            "num_channels num_scales num_cells_per_scale embedding_dim embedding_width "
+            "embedding_scale",
         )
         _require(0.0 <= self.dropout < 1.0, f"dropout: must lie in [0, 1), not {self.dropout}")
         mult = self.channel_mult

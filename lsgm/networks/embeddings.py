@@ -55,21 +55,22 @@ TIME_FEATURES: dict[str, type[PositionalFeatures] | type[FourierFeatures]] = {
 
 
 class TimeEmbedding(nn.Module):
-    """Time features and a two-layer perceptron: ``t (B,)`` or scalar to ``(B or 1, 4 dim)``.
+    """Time features and a two-layer perceptron: ``t (B,)`` or scalar to ``(B or 1, width)``.
 
-    The output already passed the activation that every residual block would apply to it.
+    ``width`` is ``4 dim`` unless given. The output already passed the activation that every
+    residual block would apply to it.
 
     Raises:
         ValueError: unknown ``kind``, or ``dim`` odd or below 4.
     """
 
-    def __init__(self, dim: int, kind: str, scale: float) -> None:
+    def __init__(self, dim: int, kind: str, scale: float, width: int | None = None) -> None:
         super().__init__()
         if kind not in TIME_FEATURES:
             raise ValueError(f"unknown embedding_type {kind!r}; known: {', '.join(TIME_FEATURES)}")
         if dim % 2 or dim < 4:
             raise ValueError(f"embedding_dim must be even and at least 4, got {dim}")
-        self.width = 4 * dim
+        self.width = 4 * dim if width is None else width
         self.features = TIME_FEATURES[kind](dim, scale)
         self.hidden = linear(dim, self.width)
         self.out = linear(self.width, self.width)

@@ -102,7 +102,7 @@ class ResidualBlock(nn.Module):
         in_channels: width of ``x (B, in, H, W)``.
         out_channels: width of the output ``(B, out, H', W')``.
         time_width: width of the activated time embedding ``(B, time_width)``, or ``(1,
-            time_width)``.
+            time_width)``; 0 for a block without time.
         dropout: probability (drawn from torch's global generator, as every dropout).
         resample: doubles or halves the resolution; ``None`` keeps it.
     """
@@ -119,21 +119,22 @@ class ResidualBlock(nn.Module):
         self.norm_in = GroupNormSiLU(in_channels)
         self.resample = resample
         self.conv_in = conv(in_channels, out_channels)
-        self.time = linear(time_width, out_channels)
+        self.time = linear(time_width, out_channels) if time_width else None
         self.norm_out = GroupNormSiLU(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv_out = conv(out_channels, out_channels, scale=TINY_SCALE)
         changes = in_channels != out_channels or resample is not None
         self.shortcut = conv(in_channels, out_channels, 1) if changes else None
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         h = self.norm_in(x)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = self.conv_in(h)
-        with torch.autocast(x.device.type, enabled=False):
-            shift = self.time(time)
-        h = h + shift.to(h.dtype)[:, :, None, None]
+        if self.time is not None:
+            with torch.autocast(x.device.type, enabled=False):
+                shift = self.time(time)
+            h = h + shift.to(h.dtype)[:, :, None, None]
         h = self.conv_out(self.dropout(self.norm_out(h)))
         if self.shortcut is not None:
             x = self.shortcut(x)

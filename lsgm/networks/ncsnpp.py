@@ -188,6 +188,8 @@ class NCSNpp(nn.Module):
             longer tuple is cut.
         num_cells_per_scale: residual blocks a level (the decoder has one more).
         embedding_dim: size of the time features.
+        embedding_width: size of the time embedding; ``None`` is ``4 embedding_dim``. Score-SDE
+            models have ``4 num_channels``, with twice ``num_channels`` Fourier features.
         embedding_type: ``"positional"`` or ``"fourier"``.
         embedding_scale: factor on ``t`` before the sinusoids, or standard deviation of the Fourier
             frequencies.
@@ -224,6 +226,7 @@ class NCSNpp(nn.Module):
         attention_resolutions: Sequence[int] = (16,),
         middle_attention: bool = True,
         num_classes: int = 0,
+        embedding_width: int | None = None,
     ) -> None:
         super().__init__()
         mult = (1,) * num_scales if channel_mult is None else tuple(channel_mult)[:num_scales]
@@ -233,7 +236,9 @@ class NCSNpp(nn.Module):
         self.channels, self.resolution = channels, resolution
         widths = [num_channels * m for m in mult]
         sides = [resolution >> i for i in range(num_scales)]
-        self.embedding = TimeEmbedding(embedding_dim, embedding_type, embedding_scale)
+        self.embedding = TimeEmbedding(
+            embedding_dim, embedding_type, embedding_scale, embedding_width
+        )
         time_width = self.embedding.width
         self.num_classes = num_classes
         # one more: no class. It starts without any effect
