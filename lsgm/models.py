@@ -244,6 +244,11 @@ class LSGM(VAEModel):
         """Shape of what the score-based prior generates: the coarsest scale's latents."""
         return self.vae.top_shape
 
+    @property
+    def state_groups(self) -> int:
+        """Number of latent groups in a state."""
+        return self.vae.num_groups_per_scale
+
     def encode_state(
         self, x: Tensor, rng: Rng = None, *, mean: bool = False
     ) -> tuple[Tensor, list[Tensor]]:

@@ -44,11 +44,11 @@ class EpsFn(Protocol):
 
 
 class Hook:
-    """Conditioning that any solver accepts; override one method or both.
+    """Conditioning that any solver accepts; override what is needed.
 
     ``adjust_eps`` changes the noise prediction (guidance); ``project`` changes the state after each
-    step (known pixels). Gradients are off during a solve: a hook that needs them uses
-    ``torch.enable_grad()``.
+    step (known pixels, with the noise of that time); ``finish`` changes the result. Gradients are
+    off during a solve: a hook that needs them uses ``torch.enable_grad()``.
     """
 
     def adjust_eps(self, eps: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -60,6 +60,10 @@ class Hook:
     def project(self, x_t: Tensor, t: Tensor, rng: Rng) -> Tensor:
         """The state to go on from instead of ``x_t (B, *shape)`` at ``t (B,)``."""
         return x_t
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The result instead of ``x (B, *shape)``."""
+        return x
 
 
 @dataclass(frozen=True)
@@ -271,6 +275,8 @@ class Solver(ABC):
             sde, eps_fn, _checked(times, self.stochastic), rng, hooks, callback, x.dtype
         )
         states = self._integrate(problem, x.to(self.state_dtype))
+        for hook in hooks:
+            states[-1] = hook.finish(states[-1]).to(self.state_dtype)
         trajectory = torch.stack(states) if self.keep_trajectory else None
         return Solution(states[-1].to(x.dtype), problem.nfe, trajectory)
 
