@@ -167,12 +167,69 @@ def test_few_steps_on_a_mixture(nfe, options, bound):
 
 
 @pytest.mark.parametrize(
+    ("nfe", "bound"), [(3, 0.05), (4, 0.04), (5, 0.014), (8, 0.004), (10, 0.0026), (20, 0.0005)]
+)
+def test_default_on_a_mixture(nfe, bound):
+    """The preset that sampling uses; without the lower order at the end, 8 steps and more have half
+    as much error again.
+    """
+    sde = VPSDE()
+    oracle = MixtureOracle.ring(sde)
+    x = torch.randn(256, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    exact = make_solver("dopri5", rtol=1e-8, atol=1e-8).solve(
+        sde, oracle.eps, x, torch.tensor([1.0, 1e-3])
+    )
+
+    def error(**options):
+        solver = make_solver("normal_reference_pc", **options)
+        solution = solver.solve(sde, oracle.eps, x, make_grid("sqrt_time", sde, nfe, 1e-3))
+        assert solution.nfe == nfe
+        return (solution.x - exact.x).square().sum(1).mean().sqrt().item()
+
+    assert error() < bound
+    if nfe >= 8:
+        assert error(lower_order_final=False) > 1.5 * error()
+    if nfe == 3:  # too few for a corrector
+        assert error(corrector_from=1) > 2 * error()
+
+
+@pytest.mark.parametrize("steps", [3, 4])
+def test_corrector_begins_at_the_steps_asked_for(steps):
+    oracle = MixtureOracle.ring(VPSDE())
+    x = oracle.sample(8, 1.0, torch.Generator().manual_seed(0))
+    times = make_grid("sqrt_time", oracle.sde, steps, 1e-3)
+
+    def run(**options):
+        return NormalReference(order=3, **options).solve(oracle.sde, oracle.eps, x, times).x
+
+    late = run(corrector=True, lower_order_final=True, corrector_from=4)
+    corrected = run(corrector=True, lower_order_final=True)
+    assert torch.equal(late, corrected if steps >= 4 else run())
+    assert not torch.equal(corrected, run())
+
+
+@pytest.mark.parametrize("alpha", [0.3, (0.3, 0.0)])
+def test_network_output_and_start_are_left_alone(alpha):
+    """The steps add in place; what they add to is their own."""
+    x = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    given, before, eps = x.clone(), x.clone(), torch.ones_like(x)
+    solver = NormalReference(order=3, alpha=alpha, corrector=True, keep_trajectory=True)
+    times = make_grid("sqrt_time", VPSDE(), 5, 1e-3)
+    solution = solver.solve(VPSDE(), lambda x, t: eps, given, times)
+    assert torch.equal(eps, torch.ones_like(x))
+    assert torch.equal(given, before)
+    assert torch.equal(solution.trajectory[0], before)
+    assert len({tuple(state.flatten().tolist()) for state in solution.trajectory}) == 6
+
+
+@pytest.mark.parametrize(
     "options",
     [
         {"order": 0},
         {"order": 5},
         {"alpha": 1.5},
         {"variable": "x"},
+        {"corrector_from": 0},
         {"order": 1, "corrector": True},
     ],
 )

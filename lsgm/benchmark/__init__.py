@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from lsgm.benchmark.few_step import few_step_command
 from lsgm.benchmark.joint import joint_command
 from lsgm.benchmark.training import train_command
 from lsgm.benchmark.vae import vae_command
@@ -12,6 +13,7 @@ from lsgm.benchmark.variance import variance_command
 __all__ = ["COMMANDS"]
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "few-step": few_step_command,
     "joint": joint_command,
     "train": train_command,
     "vae": vae_command,
