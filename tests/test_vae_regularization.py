@@ -78,3 +78,21 @@ def test_norm_regularizer() -> None:
     net[1].weight.data = torch.tensor([0.1, -2.0, 0.5, 1.0, 0.0, 1.5])
     assert norm_regularizer(net).item() == 3.0
     assert float(norm_regularizer(nn.Conv2d(1, 1, 1))) == 0
+
+
+def test_norm_regularizer_counts_group_norms_with_a_gain() -> None:
+    net = nn.Sequential(nn.GroupNorm(2, 4), nn.GroupNorm(2, 4, affine=False), BatchNorm(4))
+    net[0].weight.data = torch.tensor([0.5, -3.0, 1.0, 2.0])
+    assert norm_regularizer(net).item() == 4.0
+
+
+def test_named_layers_may_be_plain_convolutions() -> None:
+    """Their matrix is the kernel itself; only those named count."""
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"a": nn.Conv2d(3, 4, 3), "b": nn.Conv2d(3, 4, 3), "c": nn.Conv2d(3, 4, 3)})
+    regularizer = SpectralNormRegularizer({name: net[name] for name in ("a", "c")})
+    assert regularizer.names == {(4, 27): ["a", "c"]}
+    exact = sum(torch.linalg.matrix_norm(net[k].weight.flatten(1), ord=2).item() for k in "ac")
+    assert regularizer(500).item() == pytest.approx(exact, rel=1e-4)
+    regularizer().backward()
+    assert net["b"].weight.grad is None and net["a"].weight.grad.abs().max() > 0
