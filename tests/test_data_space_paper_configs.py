@@ -1,0 +1,241 @@
+"""The configurations of the experiments of NCSN, NCSNv2 and score-SDE, built without memory.
+
+Expected numbers: arXiv 1907.05600 appendix B, arXiv 2006.09011 appendix B, arXiv 2011.13456
+appendix H and the released configurations, whose noise levels are for images in [0, 1].
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lsgm.config_data import NCSNTrainConfig
+from lsgm.configio import load_config
+from lsgm.data.spec import DataSpec
+from lsgm.datasgm import DataSGM, build_data_model
+from lsgm.networks import NCSNpp
+from lsgm.networks.layers import AttentionBlock
+from lsgm.noise_ladder import select_step
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+TRAINING_IMAGES = {
+    "mnist": 60_000,
+    "cifar10": 50_000,
+    "celeba": 162_770,
+    "celebahq256": 27_000,
+    "celebahq1024": 27_000,
+}
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Published NCSN: shape, parameters, ladder in [0, 1], steps a level, epsilon, iterations."""
+
+    shape: tuple[int, int]
+    parameters: int
+    ladder: tuple[float, float, int]
+    steps: int
+    epsilon: float
+    iterations: int
+    lr: float
+    ema: float
+
+
+V1, V2 = (1.0, 0.01, 10), (100, 2e-5, 200_000, 1e-3, 0.0)
+NCSN = {
+    "mnist/ncsn": Ladder((1, 28), 7_638_657, V1, *V2),
+    "cifar10/ncsn": Ladder((3, 32), 30_117_635, V1, *V2),
+    "celeba/ncsn": Ladder((3, 32), 30_117_635, V1, *V2),
+    "cifar10/ncsnv2": Ladder(
+        (3, 32), 29_694_083, (50.0, 0.01, 232), 5, 6.2e-6, 300_000, 1e-4, 0.999
+    ),
+    "celeba/ncsnv2": Ladder(
+        (3, 64), 29_694_083, (90.0, 0.01, 500), 5, 3.3e-6, 210_000, 1e-4, 0.999
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ScoreSDE:
+    """Published score-SDE model.
+
+    ``parameters`` of the VE models are those of the released checkpoints without the frozen
+    frequencies (the one of 256 pixels is FFHQ's, whose network is the same); the others follow
+    from the layers (tests/test_networks_ncsn.py).
+    """
+
+    shape: tuple[int, int]
+    parameters: int
+    widths: tuple[int, ...]
+    blocks: int
+    sde: str
+    sigma_max: float | None
+    pyramids: tuple[str, str]
+    dropout: float
+    batch: int
+    iterations: int
+    ema: float
+    evaluations: int
+
+
+W = (128, 256, 256, 256)
+NONE, RESIDUAL, SKIP = ("none", "none"), ("none", "residual"), ("output_skip", "input_skip")
+SCORE_SDE = {
+    "cifar10/score_ve": ScoreSDE(
+        (3, 32), 62_758_787, W, 4, "vesde", 50.0, RESIDUAL, 0.1, 128, 1_300_000, 0.999, 1999
+    ),
+    "cifar10/score_ve_deep": ScoreSDE(
+        (3, 32), 107_586_947, W, 8, "vesde", 50.0, RESIDUAL, 0.1, 128, 950_000, 0.999, 1999
+    ),
+    "cifar10/score_vp": ScoreSDE(
+        (3, 32), 61_804_419, W, 4, "vpsde", None, NONE, 0.1, 128, 1_300_000, 0.9999, 1000
+    ),
+    "cifar10/score_vp_deep": ScoreSDE(
+        (3, 32), 106_632_579, W, 8, "vpsde", None, NONE, 0.1, 128, 950_000, 0.9999, 1000
+    ),
+    "cifar10/score_subvp": ScoreSDE(
+        (3, 32), 61_804_419, W, 4, "subvpsde", None, NONE, 0.1, 128, 1_300_000, 0.9999, 1000
+    ),
+    "cifar10/score_subvp_deep": ScoreSDE(
+        (3, 32), 106_632_579, W, 8, "subvpsde", None, NONE, 0.1, 128, 950_000, 0.9999, 1000
+    ),
+    "celebahq256/score_ve": ScoreSDE(
+        (3, 256), 65_574_421, (128, 128, *[256] * 5), 2, "vesde", 348.0, SKIP, 0.0, 64,
+        2_400_000, 0.999, 3999,
+    ),
+    "celebahq1024/score_ve": ScoreSDE(
+        (3, 1024), 105_785_880, (16, 32, 64, 128, 256, 512, 512, 512), 1, "vesde", 1348.0, SKIP,
+        0.0, 8, 2_400_000, 0.9999, 3999,
+    ),
+}  # fmt: skip
+
+
+@functools.cache
+def build(name: str) -> tuple[NCSNTrainConfig, DataSGM]:
+    config = load_config(NCSNTrainConfig, CONFIGS / f"{name}.yaml")
+    channels, side = {**NCSN, **SCORE_SDE}[name].shape
+    if config.data.name == "folder":
+        assert (config.data.channels, config.data.image_size) == (channels, side)
+    spec = DataSpec(config.data.name, channels, side, padding=0, binary=False)
+    with torch.device("meta"):
+        return config, build_data_model(config.kind, config.score, config.sampler, spec)
+
+
+def count(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def check_training(name: str, batch: int, iterations: int, lr: float, ema: float) -> None:
+    config, _ = build(name)
+    train, optim = config.train, config.optim
+    steps = TRAINING_IMAGES[name.split("/")[0]] // batch
+    assert (train.batch_size, train.max_steps) == (batch, iterations)
+    assert 0 <= train.epochs * steps - iterations < steps
+    assert (optim.optimizer, optim.lr, optim.lr_min, optim.eps) == ("adam", lr, lr, 1e-8)
+    assert (optim.schedule, optim.weight_decay, optim.ema_decay) == ("constant", 0, ema)
+    assert config.data.flip == (not name.startswith("mnist"))
+    assert config.objective.estimator == "dsm" and config.objective.weighting == "unweighted"
+    assert config.score.data_range == "symmetric"
+
+
+@pytest.mark.parametrize("name", NCSN)
+def test_ncsn(name: str) -> None:
+    expected = NCSN[name]
+    config, model = build(name)
+    assert count(model) == expected.parameters
+    sigma_max, sigma_min, levels = expected.ladder
+    ladder = model.ladder
+    assert ladder is not None
+    assert (ladder.sigma_max, ladder.sigma_min) == (2 * sigma_max, 2 * sigma_min)
+    assert ladder.num_levels == levels
+    first = name.endswith("ncsn")
+    assert model.score.conditional == first
+    assert config.score.dequantise == first  # (255 x + u) / 256 in the first code only
+    check_training(name, 128, expected.iterations, expected.lr, expected.ema)
+    assert (config.optim.warmup_steps, config.optim.clip_norm) == (0, 0)
+    chosen = model.defaults
+    assert (chosen.solver, chosen.grid, chosen.t_end) == ("langevin", "ladder", 0.0)
+    assert chosen.options["steps_per_level"] == expected.steps
+    assert chosen.options["denoise"] == (not first)
+    ratio = 2 * expected.epsilon / sigma_min**2
+    assert chosen.options["step_ratio"] == pytest.approx(ratio, rel=1e-9)
+    if not first:
+        assert select_step(ladder, expected.steps).step_ratio == pytest.approx(ratio, rel=0.02)
+
+
+@pytest.mark.parametrize("name", SCORE_SDE)
+def test_score_sde(name: str) -> None:
+    expected = SCORE_SDE[name]
+    config, model = build(name)
+    assert count(model) == expected.parameters
+    network: Any = model.score.network
+    assert isinstance(network, NCSNpp)
+    widths = tuple(level.blocks[-1].conv_out.weight.shape[0] for level in network.down)
+    assert widths == expected.widths
+    assert all(len(level.blocks) == expected.blocks for level in network.down)
+    sides = [network.resolution >> i for i in range(len(widths))]
+    assert [bool(level.attentions) for level in network.down] == [s == 16 for s in sides]
+    assert sum(isinstance(m, AttentionBlock) for m in network.modules()) == expected.blocks + 2
+    options = config.score.ncsnpp
+    assert (options.progressive, options.progressive_input) == expected.pyramids
+    assert options.dropout == expected.dropout
+    assert network.embedding.width == 4 * options.num_channels
+    assert config.score.data_std == 0 and not config.score.dequantise
+    sde = config.score.sde
+    assert (sde.kind, sde.time_eps) == (expected.sde, 1e-5)
+    if expected.sigma_max is None:
+        assert (sde.beta_start, sde.beta_end) == (0.1, 20.0)
+        assert config.score.condition == "time" and not options.fir
+        assert (options.embedding_type, options.embedding_scale) == ("positional", 999)
+        assert options.embedding_dim == options.num_channels
+    else:
+        assert sde.sigma2_min == pytest.approx(0.02**2)
+        assert sde.sigma2_max == pytest.approx((2 * expected.sigma_max) ** 2)
+        assert config.score.condition == "log_sigma" and options.fir
+        # frequencies of scale 16 for ln(sigma), of which the network is given a quarter
+        assert (options.embedding_type, options.embedding_scale / 4) == ("fourier", 16)
+        assert options.embedding_dim == 2 * options.num_channels
+    check_training(name, expected.batch, expected.iterations, 2e-4, expected.ema)
+    assert (config.optim.warmup_steps, config.optim.clip_norm) == (5000, 1)
+
+
+@pytest.mark.parametrize("name", SCORE_SDE)
+def test_score_sde_sampler(name: str) -> None:
+    """The published number of steps, of one predictor and, VE, one corrector."""
+    _, model = build(name)
+    expected = SCORE_SDE[name].evaluations
+    solver, times = model.default_solver()
+    assert solver.evaluations(len(times) - 1) == expected
+    assert len(times) - 1 == (expected if expected == 1000 else (expected + 1) // 2)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mnist/ncsn", "celeba/ncsnv2", "cifar10/score_ve", "cifar10/score_vp",
+        "celebahq256/score_ve", "celebahq1024/score_ve",
+    ],
+)  # fmt: skip
+def test_forward_pass(name: str) -> None:
+    """Shapes through the whole of each kind of network, without computing."""
+    config, model = build(name)
+    with FakeTensorMode():
+        real = build_data_model(config.kind, config.score, config.sampler, model.spec)
+        x = torch.zeros(2, *model.state_shape)
+        assert real.score(x, torch.rand(2)).shape == x.shape
+
+
+def test_every_configuration_is_checked() -> None:
+    found = {
+        path.relative_to(CONFIGS).with_suffix("").as_posix()
+        for folder in TRAINING_IMAGES
+        for path in (CONFIGS / folder).glob("*.yaml")
+        if path.stem.startswith(("ncsn", "score")) and "small" not in path.stem
+    }
+    assert found == {*NCSN, *SCORE_SDE}
