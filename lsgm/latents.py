@@ -11,19 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lsgm.conditioning import ProjectionInpainting, mask_projector
-from lsgm.sampling import DiffusionModel
+from lsgm.protocols import DiffusionModel, GroupedModel
 from lsgm.solvers import EpsFn, Solver
 from vae.random import Rng, randn
 
 __all__ = [
     "Code",
-    "GroupedModel",
     "decode",
     "draw_code",
     "encode",
@@ -138,16 +136,6 @@ def interpolate(a: Code, b: Code, steps: int) -> list[Code]:
         )
         for w in weights
     ]
-
-
-class GroupedModel(DiffusionModel, Protocol):
-    """A model whose state is made of latent groups: G of equal size side by side in the channels,
-    coarsest first; the finer latents are further groups.
-    """
-
-    @property
-    def state_groups(self) -> int:
-        """Number G of groups in the state."""
 
 
 @torch.no_grad()

@@ -16,15 +16,18 @@ class SolverOptions:
     Options that are None are the solver's own choice; one that the solver does not have is refused.
     """
 
-    solver: str = "normal_reference_pc"
-    """Solver by name: normal_reference_pc, dopri5 (adaptive), heun, ... (lsgm.solvers.SOLVERS)."""
+    solver: str | None = None
+    """Solver by name: normal_reference_pc, dopri5 (adaptive), heun, ... (lsgm.solvers.SOLVERS).
+    None: what a model of images recommends, with its options; normal_reference_pc for an LSGM."""
     nfe: int | None = None
-    """Network evaluations per batch, 10 unless given; adaptive solvers choose their own number."""
+    """Network evaluations per batch, 10 unless the model recommends otherwise; adaptive solvers
+    choose their own number."""
     grid: str | None = None
-    """Time grid of solvers with fixed steps, by name (lsgm.solvers.GRIDS), or pilot: chosen on a
-    few pilot trajectories. None: the solver's own."""
-    t_end: float = 1e-3
-    """Last time of the generative process; time runs from 1 down to it."""
+    """Time grid of solvers with fixed steps, by name (lsgm.solvers.GRIDS); pilot: chosen on a few
+    pilot trajectories; ladder: the noise levels of an NCSN. None: the solver's own."""
+    t_end: float | None = None
+    """Last time of the generative process; time runs from 1 down to it. None: the model's, or
+    0.001."""
     tolerance: float | None = None
     """Relative and absolute tolerance of adaptive solvers."""
     order: int | None = None
@@ -80,12 +83,12 @@ class SolverOptions:
     """Seed of all noise."""
 
     def __post_init__(self) -> None:
-        for name in ("nfe", "t_end", "tolerance", "temperature", "batch_size"):
+        for name in ("nfe", "tolerance", "temperature", "batch_size"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}: must be positive, not {value}")
-        if self.t_end >= 1:
-            raise ValueError(f"t_end: must lie below 1, not {self.t_end}")
+        if self.t_end is not None and not 0 <= self.t_end < 1:
+            raise ValueError(f"t_end: must lie in [0, 1), not {self.t_end}")
         if self.seed < 0:
             raise ValueError(f"seed: must not be negative, not {self.seed}")
         if self.state_dtype not in (None, "float32", "float64"):

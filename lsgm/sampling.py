@@ -7,12 +7,10 @@ in. Adaptive solvers share their steps over a batch, and so does ``norm="batch"`
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -24,8 +22,9 @@ from lsgm.files import atomic_write
 from lsgm.models import VAEModel, load
 from lsgm.npz import ArrayStream, write_npz
 from lsgm.options import SampleOptions, SolverOptions, require_run
-from lsgm.sde import LinearSDE
-from lsgm.solvers import SOLVERS, EpsFn, Hook, Solver, choose_pilot, make_grid, make_solver
+from lsgm.protocols import DiffusionModel, has_diffusion
+from lsgm.solver_choice import choose_solver, resolve
+from lsgm.solvers import EpsFn, Hook, Solver
 from lsgm.training.precision import choose_device
 from vae.random import Rng, RowGenerators
 
@@ -39,61 +38,22 @@ __all__ = [
     "has_diffusion",
     "iterate_samples",
     "sample_to_file",
-    "solver_arguments",
+    "solver_name",
 ]
 
-DEFAULT_NFE = 10
-PILOT_GRID = "pilot"
-PILOT_IMAGES = 16
-MODEL_ALPHA = "model"
-
-
-class DiffusionModel(Protocol):
-    """What a solver can sample: a state that diffuses, and images made of it.
-
-    A data-space model's state is the image; a latent model's is the part of the latents with a
-    score-based prior, and ``finer`` are the other latents.
-    """
-
-    @property
-    def sde(self) -> LinearSDE: ...
-
-    @property
-    def score(self) -> EpsFn:
-        """The noise prediction."""
-
-    @property
-    def state_shape(self) -> tuple[int, int, int]:
-        """Shape of one state."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def encode_state(
-        self, x: Tensor, rng: Rng = None, *, mean: bool = False
-    ) -> tuple[Tensor, list[Tensor]]:
-        """State ``(B, *state_shape)`` and finer latents of ``x (B, C, R, R)`` in [-1, 1]."""
-
-    def sample_finer(self, num: int, rng: Rng, temperature: float = 1.0) -> list[Tensor]:
-        """Draw the finer latents from their prior."""
-
-    def decode_state(self, state: Tensor, finer: Sequence[Tensor]) -> Tensor:
-        """Images ``(B, C, H, W)`` in [0, 1]."""
-
-
-def has_diffusion(model: object) -> TypeGuard[DiffusionModel]:
-    """Whether a solver samples the model; the others draw their latents from N(0, I)."""
-    return hasattr(model, "state_shape")
+NO_SOLVER = "decoder only"
+"""What takes the place of the solver's name for a VAE under N(0, I)."""
 
 
 @dataclass(frozen=True)
 class Samples:
     """``images`` ``(N, C, H, W)`` in [0, 1], the decoder's means; ``nfe``: network evaluations per
-    batch (mean over batches).
+    batch (mean over batches); ``solver``: its name.
     """
 
     images: Tensor
     nfe: float
+    solver: str = NO_SOLVER
 
 
 @dataclass(frozen=True)
@@ -105,106 +65,6 @@ class Batch:
     images: Tensor
     latents: tuple[Tensor, ...]
     nfe: int
-
-
-SOLVER_OPTIONS: dict[str, tuple[str, ...]] = {
-    "tolerance": ("rtol", "atol"),
-    "churn_noise": ("noise",),
-    **{
-        name: (name,)
-        for name in (
-            "order", "alpha", "corrector", "corrector_from", "variable", "variant",
-            "lower_order_final", "eta",
-            "predictor", "corrector_steps", "snr", "norm", "noise_scale", "steps_per_level",
-            "step_ratio", "denoise", "churn", "churn_min", "churn_max", "state_dtype",
-        )
-    },
-}  # fmt: skip
-"""Option of the command line -> arguments of the solver."""
-
-
-def _parameters(solver: str) -> set[str]:
-    return set(inspect.signature(SOLVERS[solver]).parameters)
-
-
-def solver_arguments(options: SolverOptions, score: EpsFn | None = None) -> dict[str, Any]:
-    """The arguments of ``make_solver`` that ``options`` give.
-
-    Raises:
-        UserError: The solver is unknown or has no such option (naming those that have it), or
-            ``alpha`` is neither a number nor something that the model has.
-    """
-    if options.solver not in SOLVERS:
-        raise UserError(
-            f"--solver: unknown solver {options.solver}; choose from {', '.join(SOLVERS)}"
-        )
-    own, arguments = _parameters(options.solver), dict[str, Any]()
-    for option, names in SOLVER_OPTIONS.items():
-        value = getattr(options, option)
-        if value is None:
-            continue
-        if not own.issuperset(names):
-            takers = [solver for solver in SOLVERS if _parameters(solver).issuperset(names)]
-            raise UserError(
-                f"--{option}: the solver {options.solver} has no such option; "
-                f"it belongs to {', '.join(takers)}"
-            )
-        arguments |= dict.fromkeys(names, value)
-    if "state_dtype" in arguments:
-        arguments["state_dtype"] = getattr(torch, arguments["state_dtype"])
-    if "alpha" in arguments:
-        arguments["alpha"] = _alpha(arguments["alpha"], score)
-    return arguments
-
-
-def _alpha(text: str, score: EpsFn | None) -> float | Tensor:
-    if text == MODEL_ALPHA:
-        mixing = getattr(score, "mixing", None)
-        if mixing is None:
-            raise UserError("--alpha: this model has no mixing coefficients; give a number")
-        return cast(Tensor, mixing)
-    try:
-        return float(text)
-    except ValueError:
-        raise UserError(f"--alpha: {text!r} is neither a number nor {MODEL_ALPHA}") from None
-
-
-def choose_solver(model: DiffusionModel, options: SolverOptions) -> tuple[Solver, Tensor]:
-    """The solver of ``options`` and its time grid, float64, from 1 down to ``t_end``.
-
-    Raises:
-        UserError: The solver, the grid or an option is unknown, or the evaluations are too few.
-    """
-    arguments = solver_arguments(options, model.score)
-    try:
-        solver = make_solver(options.solver, **arguments)
-        if solver.evaluations(1) is None:
-            for name in ("nfe", "grid"):
-                if getattr(options, name) is not None:
-                    raise UserError(
-                        f"--{name}: {options.solver} is adaptive and chooses its own steps; "
-                        "set --tolerance"
-                    )
-            return solver, torch.tensor([1.0, options.t_end], dtype=torch.float64)
-        nfe = options.nfe or DEFAULT_NFE
-        if nfe < (least := solver.evaluations(1) or 1):
-            raise UserError(f"--nfe: {options.solver} needs at least {least}, got {nfe}")
-        if options.grid == PILOT_GRID:
-            return _pilot(model, solver, nfe, options)
-        grid = options.grid or solver.default_grid
-        return solver, make_grid(grid, model.sde, solver.steps_for(nfe), options.t_end)
-    except ValueError as error:
-        raise UserError(f"--solver {options.solver}: {error}") from error
-
-
-def _pilot(
-    model: DiffusionModel, solver: Solver, nfe: int, options: SolverOptions
-) -> tuple[Solver, Tensor]:
-    # Noise of its own, so that the images are those of the same times without a pilot.
-    rng = torch.Generator().manual_seed(options.seed)
-    shape = (PILOT_IMAGES, *model.state_shape)
-    start = options.temperature * model.sde.prior_sample(shape, rng, device=model.device)
-    return choose_pilot(model.sde, model.score, start, nfe, options.t_end, solver)
 
 
 @torch.no_grad()
@@ -271,13 +131,18 @@ def draw_samples(
         evaluations.append(batch.nfe)
         if callback:
             callback(len(batch.images))
-    return Samples(torch.cat(images), sum(evaluations) / max(len(evaluations), 1))
+    nfe = sum(evaluations) / max(len(evaluations), 1)
+    return Samples(torch.cat(images), nfe, solver_name(model, options))
+
+
+def solver_name(model: object, options: SolverOptions) -> str:
+    """Name of the solver that ``options`` mean for the model."""
+    return resolve(model, options)[0].solver or "" if has_diffusion(model) else NO_SOLVER
 
 
 def sample_to_file(options: SampleOptions) -> None:
     """Draw images from a run and write them; print the number of evaluations and the time."""
     model = load(require_run(options.run), choose_device(options.device))
-    diffusion = has_diffusion(model)
     if options.latents and not isinstance(model, VAEModel):
         raise UserError("--latents: this run is a model of images and has no latents")
     out = Path(options.out)
@@ -300,7 +165,7 @@ def sample_to_file(options: SampleOptions) -> None:
     seconds = time.perf_counter() - start
     nfe = sum(evaluations) / len(evaluations)
     print(
-        f"{options.n} images, {options.solver if diffusion else 'decoder only'}, "
+        f"{options.n} images, {solver_name(model, options)}, "
         f"NFE {nfe:g} a batch of {min(options.n, options.batch_size)}, "
         f"{seconds:.2f} s ({seconds / options.n:.4f} s an image) -> {out}"
     )

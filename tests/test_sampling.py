@@ -14,19 +14,15 @@ import pytest
 import torch
 from oracles import GaussianOracle
 
+from lsgm.datasgm import SamplerDefaults
 from lsgm.errors import UserError
 from lsgm.npz import write_npz
 from lsgm.options import SampleOptions, SolverOptions
-from lsgm.sampling import (
-    SOLVER_OPTIONS,
-    choose_solver,
-    draw_samples,
-    has_diffusion,
-    iterate_samples,
-    solver_arguments,
-)
+from lsgm.protocols import has_diffusion
+from lsgm.sampling import draw_samples, iterate_samples
 from lsgm.sde import VPSDE
-from lsgm.solvers import SOLVERS, make_solver
+from lsgm.solver_choice import SOLVER_OPTIONS, choose_solver, solver_arguments
+from lsgm.solvers import SOLVERS, make_grid, make_solver
 from vae.random import RowGenerators, rand, randn
 
 SDE = VPSDE()
@@ -227,3 +223,29 @@ def test_a_pilot_grid_is_nearer_to_the_exact_flow():
     assert errors[1] < 0.5 * errors[0]
     with pytest.raises(UserError, match="--solver ancestral"):
         choose_solver(model, options("ancestral", grid="pilot"))
+
+
+def test_a_model_s_own_sampler_is_the_default():
+    model = OracleModel()
+    assert draw_samples(model, 1, SolverOptions()).solver == "normal_reference_pc"
+    model.defaults = SamplerDefaults(
+        "langevin", 33, "ladder", 0.25, {"steps_per_level": 4, "step_ratio": 0.3, "denoise": True}
+    )
+    with pytest.raises(UserError, match="ladder"):
+        choose_solver(model, SolverOptions())
+
+    class Ladder:
+        times = make_grid("log_snr", SDE, 7, 0.25)
+
+    model.ladder = Ladder()
+    solver, times = choose_solver(model, SolverOptions())
+    assert torch.equal(times, Ladder.times)
+    assert solver == make_solver("langevin", steps_per_level=4, step_ratio=0.3, denoise=True)
+    drawn = draw_samples(model, 2, SolverOptions())
+    assert (drawn.solver, drawn.nfe) == ("langevin", 33)
+    # What is given wins, and a named solver starts from its own options but for the last time.
+    solver, _ = choose_solver(model, SolverOptions(nfe=16, step_ratio=0.1))
+    assert (solver.steps_per_level, solver.step_ratio, solver.denoise) == (2, 0.1, True)
+    solver, times = choose_solver(model, SolverOptions(solver="heun"))
+    assert solver == make_solver("heun")
+    assert (len(times), times[-1]) == (6, 0.25)
