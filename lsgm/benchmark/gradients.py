@@ -45,7 +45,8 @@ class GradientNoise:
     """Moments of a random vector from independent draws.
 
     ``variance``: trace of its covariance; ``signal``: squared norm of its mean. Both are unbiased
-    (the signal can be negative) and have jackknife standard errors.
+    (the signal can be negative) and have jackknife standard errors; that of a signal far below the
+    noise is up to the square root of two too large.
     """
 
     variance: float

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lsgm.benchmark.training import (
     CONFIGS,
@@ -149,19 +150,23 @@ def _model(vae: VAETrainConfig, config: LSGMTrainConfig, spec: DataSpec, images:
     return model.to(images.device).to(memory_format=layout)  # type: ignore[call-overload]
 
 
-def _times_job(vae: VAETrainConfig, config: LSGMTrainConfig, repeats: int) -> list[list[float]]:
-    """Seconds of every step, ``[round][NAMES]``; each round starts with another step."""
+Times = list[list[tuple[float, float]]]
+"""Seconds by the clock and of the process's CPU, ``[round][NAMES]``."""
+
+
+def _times_job(vae: VAETrainConfig, config: LSGMTrainConfig, repeats: int) -> Times:
+    """Every step in turn; each round starts with another one."""
     made = phases(vae, config)
     steps = {name: phase.step(config.train.precision) for name, phase in made.items()}
-    rounds = []
-    for number in range(WARMUP_ROUNDS + repeats):
-        seconds = dict.fromkeys(NAMES, 0.0)
+    rounds: Times = []
+    for number in tqdm(range(WARMUP_ROUNDS + repeats), "rounds", leave=False, disable=None):
+        spent = dict.fromkeys(NAMES, (0.0, 0.0))
         first = number % len(NAMES)
         for name in NAMES[first:] + NAMES[:first]:
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             steps[name](number)
-            seconds[name] = time.perf_counter() - start
-        rounds.append([seconds[name] for name in NAMES])
+            spent[name] = (time.perf_counter() - start, time.process_time() - cpu_start)
+        rounds.append([spent[name] for name in NAMES])
     return rounds[WARMUP_ROUNDS:]
 
 
@@ -188,54 +193,63 @@ def _memory_job(vae: VAETrainConfig, config: LSGMTrainConfig, name: str) -> tupl
 class JointCost:
     """What the steps cost.
 
-    ``rounds``: seconds, ``(repeats, steps)`` in the order of ``NAMES``; ``memory``: peak of each
-    step beyond the weights, MiB; ``parameters``: trained by each.
+    ``rounds``: seconds by the clock, ``(repeats, steps)`` in the order of ``NAMES``;
+    ``cpu_rounds``: the same of the process's CPU, which other work on the machine changes less;
+    ``memory``: peak of each step beyond the weights, MiB; ``parameters``: trained by each.
     """
 
+    device: str
     batch_size: int
     rounds: tuple[tuple[float, ...], ...]
+    cpu_rounds: tuple[tuple[float, ...], ...]
     memory: dict[str, float]
     parameters: dict[str, int]
 
-    def seconds(self, name: str) -> float:
-        """Median of a step."""
-        return statistics.median(row[NAMES.index(name)] for row in self.rounds)
-
-    def fastest(self, name: str) -> float:
-        """Fastest step: what other work on the machine hides least."""
-        return min(row[NAMES.index(name)] for row in self.rounds)
-
-    @property
-    def ratios(self) -> list[float]:
-        """Joint step over the sum of the two others, of every round."""
-        vae, prior, joint = (NAMES.index(name) for name in (VAE, PRIOR, JOINT))
-        return [row[joint] / (row[vae] + row[prior]) for row in self.rounds]
-
     def lines(self) -> list[str]:
+        repeats = len(self.rounds)
         costs = [
             StepCost(
                 name,
                 self.batch_size,
                 self.parameters[name],
-                seconds := self.seconds(name),
+                seconds := _median(self.rounds, name),
                 self.batch_size / seconds,
                 self.memory[name],
-                len(self.rounds),
+                repeats,
             )
             for name in NAMES
         ]
-        total = self.seconds(VAE) + self.seconds(PRIOR)
-        fastest = self.fastest(JOINT) / (self.fastest(VAE) + self.fastest(PRIOR))
-        ratios = self.ratios
-        return [
-            StepCost.header(),
-            *(cost.row() for cost in costs),
-            f"VAE + prior: {total:.3f} s, {self.memory[VAE] + self.memory[PRIOR]:.0f} MiB",
-            f"joint / (VAE + prior): {self.seconds(JOINT) / total:.3f} of medians, "
-            f"{fastest:.3f} of fastest steps; by round {statistics.median(ratios):.3f} (median), "
-            f"{min(ratios):.3f} to {max(ratios):.3f}; "
-            f"memory {self.memory[JOINT] / (self.memory[VAE] + self.memory[PRIOR]):.3f}",
-        ]
+        apart = self.memory[VAE] + self.memory[PRIOR]
+        lines = [StepCost.header(), *(cost.row() for cost in costs)]
+        lines.append(_comparison("by the clock", self.rounds))
+        if self.device == "cpu":
+            lines.append(_comparison("CPU time", self.cpu_rounds))
+        lines.append(
+            f"memory: joint {self.memory[JOINT]:.0f} MiB, VAE + prior {apart:.0f} MiB, "
+            f"ratio {self.memory[JOINT] / apart:.3f}"
+        )
+        return lines
+
+
+def _median(rounds: Sequence[Sequence[float]], name: str) -> float:
+    return statistics.median(row[NAMES.index(name)] for row in rounds)
+
+
+def _comparison(what: str, rounds: Sequence[Sequence[float]]) -> str:
+    """The joint step against the sum of the two others, of medians and round by round."""
+    ratios = joint_ratios(rounds)
+    vae, prior, joint, frozen = (_median(rounds, name) for name in (VAE, PRIOR, JOINT, FROZEN))
+    return (
+        f"{what}: VAE {vae:.3f} s + prior {prior:.3f} s = {vae + prior:.3f} s, joint {joint:.3f} s "
+        f"(frozen {frozen:.3f} s); joint / (VAE + prior) {joint / (vae + prior):.3f}, "
+        f"{min(ratios):.3f} to {max(ratios):.3f} in a round"
+    )
+
+
+def joint_ratios(rounds: Sequence[Sequence[float]]) -> list[float]:
+    """Joint step over the sum of the VAE's and the prior's, of every round."""
+    vae, prior, joint = (NAMES.index(name) for name in (VAE, PRIOR, JOINT))
+    return [row[joint] / (row[vae] + row[prior]) for row in rounds]
 
 
 def measure_joint(vae: VAETrainConfig, config: LSGMTrainConfig, repeats: int = 7) -> JointCost:
@@ -251,11 +265,13 @@ def measure_joint(vae: VAETrainConfig, config: LSGMTrainConfig, repeats: int = 7
         raise UserError(
             "prior.training: frozen has no joint step to measure; use joint or disjoint"
         )
-    rounds = in_fresh_process(_times_job, vae, config, repeats)
+    times = in_fresh_process(_times_job, vae, config, repeats)
+    clock, cpu = (tuple(tuple(pair[i] for pair in row) for row in times) for i in (0, 1))
     memory, parameters = {}, {}
     for name in NAMES:
         memory[name], parameters[name] = in_fresh_process(_memory_job, vae, config, name)
-    return JointCost(config.train.batch_size, tuple(map(tuple, rounds)), memory, parameters)
+    device = str(choose_device(config.train.device))
+    return JointCost(device, config.train.batch_size, clock, cpu, memory, parameters)
 
 
 BATCH_OPTION = Option("batch", "images a step; default: the second stage's", "N")
@@ -284,5 +300,5 @@ def joint_command(argv: Sequence[str]) -> None:
     train = config.train
     cost = measure_joint(line.config, config, positive_number(line.options, ROUNDS_OPTION))
     threads = train.num_threads or torch.get_num_threads()
-    print(f"device {choose_device(train.device)}, {train.precision}, {threads} CPU threads")
+    print(f"device {cost.device}, {train.precision}, {threads} CPU threads")
     print("\n".join(cost.lines()))
