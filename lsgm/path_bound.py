@@ -222,22 +222,25 @@ class PathPrior:
         the variances are nearly noise-free.
         """
         variances = []
+        second_moment = _channel_mean(z0.double().square())
         for step in self.steps:
             sigma, normal = math.sqrt(step.var), math.sqrt(step.var) / step.total
             errors, controls = [], []
             for z in z0.split(chunk):
                 eps = randn(z.shape, rng, device=z.device).double()
                 z_t = step.m * z.double() + sigma * eps
-                errors.append((self._predict(z_t, step, z.dtype) - eps).square())
                 expected = (normal * step.m * z.double()).square() + (normal * sigma - 1) ** 2
+                errors.append((self._predict(z_t, step, z.dtype) - eps).square() - expected)
                 controls.append((normal * z_t - eps).square() - expected)
-            error, control = torch.cat(errors), torch.cat(controls)
+            excess, control = torch.cat(errors), torch.cat(controls)
             # The coefficient of least variance; 1 where the network is the Normal component.
-            spread = _channel_mean(control.square()).clamp(min=torch.finfo(torch.float64).tiny)
-            gain = _channel_mean((error - _channel_mean(error)) * control) / spread
-            least = LEAST_ERROR * step.m**2 / step.total
-            error = _channel_mean(error - gain * control).clamp(min=least)
-            variances.append(step.optimal_var(error))
+            centred = control - _channel_mean(control)
+            gain = _channel_mean(excess * centred) / _channel_mean(centred.square())
+            known = (normal * step.m) ** 2 * second_moment + (normal * sigma - 1) ** 2
+            error = known + _channel_mean(excess - gain * control)
+            variances.append(
+                step.optimal_var(error.clamp(min=LEAST_ERROR * step.m**2 / step.total))
+            )
         return replace(self, variances=tuple(variances))
 
 
