@@ -176,7 +176,7 @@ class EvaluateOptions:
     run: tuple[str, ...] = ()
     """Folders of the runs to put in the table."""
     metrics: tuple[str, ...] = ("nelbo",)
-    """Bounds: nelbo; normal (an LSGM's own VAE under N(0, I)); iw (a VAE run); ode (an LSGM)."""
+    """Bounds: bits (a model of the images themselves); nelbo; normal (an LSGM's own VAE under N(0, I)); iw (a VAE run); ode (an LSGM)."""
     split: str = "test"
     """test or train."""
     json: str | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from tqdm import tqdm
 from lsgm.config import DataConfig
 from lsgm.data import Datasets, build_datasets
 from lsgm.errors import UserError
+from lsgm.evaluation.data_nll import data_ode_bound
+from lsgm.evaluation.details import Details, examine
+from lsgm.evaluation.document import write_report
 from lsgm.evaluation.figures import (
     image_grid,
     learning_curves,
@@ -55,15 +58,20 @@ METRICS: dict[str, Metric] = {
     "iw": iw,
     "ode": ode_nelbo,
     "iw_exact": exact_iw_bound,
+    "bits": data_ode_bound,
 }
 """Likelihood bounds by name; a new one is one function over (model, batches) and its line here."""
+
+DATA_METRICS: tuple[str, ...] = ("bits",)
+"""Those of :data:`METRICS` that are defined for models of the images themselves."""
 
 
 @dataclass(frozen=True)
 class RunReport:
     """What an evaluation of one run found.
 
-    ``bounds``: by metric; ``sampling``: solver, evaluations per batch and seconds per image.
+    ``bounds``: by metric; ``sampling``: solver, evaluations per batch and seconds per image;
+    ``details``: what the written report adds, where it was asked for.
     """
 
     run: Path
@@ -72,6 +80,7 @@ class RunReport:
     split: str
     bounds: dict[str, LikelihoodReport]
     sampling: dict[str, Any]
+    details: Details | None = field(default=None, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -85,11 +94,13 @@ class RunReport:
         }
 
 
-def evaluate_run(folder: Path, options: EvaluateOptions) -> RunReport:
-    """Evaluate the run in ``folder``: the bounds that apply to it, and the cost of sampling.
+def evaluate_run(folder: Path, options: EvaluateOptions, out: Path | None = None) -> RunReport:
+    """Evaluate the run in ``folder``: the bounds that apply to it, the cost of sampling, and the
+    report in ``out`` (default ``folder/evaluation``) unless ``options`` want none.
 
     Raises:
-        UserError: The run cannot be opened, or a metric does not apply to it.
+        UserError: The run cannot be opened, a metric does not exist, or the report cannot be
+            written.
     """
     model = load(folder, choose_device(options.device))
     data = load_data_config(folder, root=options.data_root)
@@ -102,33 +113,55 @@ def evaluate_run(folder: Path, options: EvaluateOptions) -> RunReport:
     start = time.perf_counter()
     drawn = draw_samples(model, options.sampling.batch_size, options.sampling)
     sampling = {
-        "solver": options.sampling.solver if isinstance(model, LSGM) else "decoder only",
+        "solver": drawn.solver,
         "nfe": drawn.nfe,
         "batch_size": len(drawn.images),
+        "seed": options.sampling.seed,
         "seconds_per_sample": (time.perf_counter() - start) / len(drawn.images),
     }
+    report = RunReport(folder, model.kind, model.spec.name, options.split, bounds, sampling)
     if options.pictures:
         write_pictures(
             folder, Path(options.pictures) / folder.name, model, datasets, drawn.images, options
         )
-    return RunReport(folder, model.kind, model.spec.name, options.split, bounds, sampling)
+    if options.report:
+        out = out or folder / "evaluation"
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{out}: cannot make the folder of the report ({error.strerror}); choose another "
+                "--out, or --report False"
+            ) from None
+        details = examine(model, folder, data, datasets, drawn.images, options)
+        write_pictures(folder, out, model, datasets, drawn.images, options)
+        write_report(report, details, out, options.neighbours)
+        report = replace(report, details=details)
+    return report
 
 
-def applies(name: str, model: VAEModel) -> bool:
+def applies(name: str, model: Any) -> bool:
     """Whether a metric is defined for a model: ``normal``, ``ode`` and ``iw_exact`` need a
-    score-based prior.
+    score-based prior on latents, ``nelbo`` and ``iw`` latents, and those of :data:`DATA_METRICS` a
+    model of the images themselves.
 
     Raises:
         UserError: There is no metric of this name.
     """
     if name not in METRICS:
         raise UserError(f"--metrics: unknown metric {name}; known are {', '.join(METRICS)}")
+    if name in DATA_METRICS or not isinstance(model, VAEModel):
+        return name in DATA_METRICS and not isinstance(model, VAEModel)
     return name in ("nelbo", "iw") or isinstance(model, LSGM)
+
+
+def _num_bits(model: Any) -> int:
+    return model.vae_config.num_x_bits if isinstance(model, VAEModel) else 8
 
 
 def _run_metric(
     name: str,
-    model: VAEModel,
+    model: Any,
     datasets: Datasets,
     data: DataConfig,
     options: EvaluateOptions,
@@ -139,7 +172,7 @@ def _run_metric(
     batches = evaluation_batches(
         dataset,
         model.spec,
-        num_bits=model.vae_config.num_x_bits,
+        num_bits=_num_bits(model),
         batch_size=options.batch_size,
         limit=options.limit,
         binarisation_seed=data.eval_binarisation_seed,
@@ -151,6 +184,7 @@ def _run_metric(
         "iw": {"k": options.k},
         "ode": {"tolerance": options.tolerance},
         "iw_exact": {"k": options.k, "tolerance": options.tolerance},
+        "bits": {"tolerance": options.tolerance},
     }[name]
     with tqdm(total=total, desc=f"{label} {name}", unit="img", leave=False, disable=None) as bar:
         return METRICS[name](
@@ -167,37 +201,45 @@ def _run_metric(
 def write_pictures(
     folder: Path,
     out: Path,
-    model: VAEModel,
+    model: Any,
     datasets: Datasets,
     samples: Tensor,
     options: EvaluateOptions,
 ) -> None:
-    """Sample grid, reconstruction grid and learning curve of a run, as PNG files in ``out``."""
+    """Sample grid, reconstruction grid (of a model with latents) and learning curve of a run, as
+    PNG files in ``out``.
+    """
     out.mkdir(parents=True, exist_ok=True)
     save_grid(image_grid(samples), out / "samples.png")
-    x = next(
-        evaluation_batches(
-            datasets.test, model.spec, num_bits=model.vae_config.num_x_bits, batch_size=50
+    if isinstance(model, VAEModel):
+        x = next(
+            evaluation_batches(
+                datasets.test,
+                model.spec,
+                num_bits=_num_bits(model),
+                batch_size=50,
+                device=model.device,
+            )
         )
-    )
-    with torch.no_grad():
-        reconstructed = model.reconstruct(
-            x.to(model.device), torch.Generator().manual_seed(options.seed)
-        )
-    save_grid(reconstruction_grid(model.to_images(x), reconstructed), out / "reconstructions.png")
+        with torch.no_grad():
+            reconstructed = model.reconstruct(x, torch.Generator().manual_seed(options.seed))
+        grid = reconstruction_grid(model.to_images(x), reconstructed)
+        save_grid(grid, out / "reconstructions.png")
     metrics = folder / "metrics.jsonl"
     if metrics.is_file():
-        learning_curves({folder.name: read_metrics(metrics)}, out / "learning_curve.png")
+        lines = read_metrics(metrics)
+        if any(line.get("nelbo") is not None for line in lines):
+            learning_curves({folder.name: lines}, out / "learning_curve.png")
 
 
 def evaluate(options: EvaluateOptions) -> None:
-    """Evaluate the runs of ``options``, print the table and write the JSON and the pictures it asks
-    for.
+    """Evaluate the runs of ``options``, print the table, and write the report of each and the JSON
+    and pictures that it asks for.
     """
     if not options.run:
         require_run(None)
     folders = [Path(run) for run in options.run]
-    reports = [evaluate_run(folder, options) for folder in folders]
+    reports = [evaluate_run(folder, options, _report_folder(folder, options)) for folder in folders]
     print(format_table(reports))
     if options.json:
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)
@@ -209,6 +251,12 @@ def evaluate(options: EvaluateOptions) -> None:
             if (f / "metrics.jsonl").is_file()
         }
         learning_curves(curves, Path(options.pictures) / "learning_curves.png")
+
+
+def _report_folder(folder: Path, options: EvaluateOptions) -> Path | None:
+    if options.out is None:
+        return None
+    return Path(options.out) / folder.name if len(options.run) > 1 else Path(options.out)
 
 
 COLUMNS = (

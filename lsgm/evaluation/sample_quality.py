@@ -266,7 +266,7 @@ def comparable_images(images: Tensor, spec: DataSpec, convention: str, seed: int
 
 def _convention_in_words(spec: DataSpec, convention: str, seed: int) -> str:
     if not spec.binary:
-        return "decoder means in [0, 1]; real images in 8 bits"
+        return "images in [0, 1] as the model gives them; real images in 8 bits"
     if convention == "draws":
         return (
             "one Bernoulli draw per pixel of the decoder means, seed of the samples; real images "
@@ -339,7 +339,9 @@ def sample_quality(
         UserError: The extractor is unknown or not available, or the sampler is.
     """
     start = time.perf_counter()
-    spec, cache = datasets.spec, cache_root(options.cache)
+    # A model of grey images gives grey images, whatever a model with latents would see.
+    spec = replace(datasets.spec, binary=datasets.spec.binary and model.spec.binary)
+    cache = cache_root(options.cache)
     extractor = make_extractor(
         options.extractor or "classifier", datasets, cache=cache, device=model.device
     )
@@ -348,11 +350,7 @@ def sample_quality(
     real_sha256 = data_hash(datasets.test)
     real = real_activations(datasets.test, spec, extractor, data_sha256=real_sha256, **shared)
 
-    def score(images: Tensor, label: str, nfe: float, draw_seed: int) -> QualityPoint:
-        prepared = comparable_images(images, spec, options.images, draw_seed)
-        return _score(extract(extractor, prepared), label, nfe)
-
-    def _score(found: Activations, label: str, nfe: float | None) -> QualityPoint:
+    def score(found: Activations, label: str, nfe: float | None) -> QualityPoint:
         return quality_of_images(
             found,
             real,
@@ -366,7 +364,8 @@ def sample_quality(
 
     def point(chosen: SolverOptions) -> QualityPoint:
         drawn = draw(model, options.num, chosen)
-        return score(drawn.images, f"{drawn.nfe:g} evaluations", drawn.nfe, chosen.seed)
+        images = comparable_images(drawn.images, spec, options.images, chosen.seed)
+        return score(extract(extractor, images), f"{drawn.nfe:g} evaluations", drawn.nfe)
 
     samples = point(sampling)
     ladder = tuple(point(replace(sampling, nfe=nfe)) for nfe in options.nfe)
@@ -374,7 +373,7 @@ def sample_quality(
     if len(datasets.train) >= options.num:
         index = epoch_order(len(datasets.train), options.seed, 0)[: options.num]
         train = real_activations(datasets.train, spec, extractor, index=index, **shared)
-        floor = _score(train, "training images", None)
+        floor = score(train, "training images", None)
     num_features = real.features.shape[1]
     notes = list(small_sample_notes(options.num, len(datasets.test), num_features))
     if options.extractor != INCEPTION:
