@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from lsgm.config import DataConfig, LSGMTrainConfig, OptimConfig, VAEConfig, VAETrainConfig
+from lsgm.config_data import NCSNTrainConfig
 from lsgm.configio import (
     OUT,
     RESUME,
@@ -240,5 +241,5 @@ def test_sections_check_their_values():
     "path", sorted(Path(__file__).parents[1].glob("configs/*/*.yaml")), ids=str
 )
 def test_shipped_configs_are_valid(path):
-    config_class = LSGMTrainConfig if path.name.startswith("lsgm") else VAETrainConfig
-    load_config(config_class, path)
+    kinds = {"vae": VAETrainConfig, "lsgm": LSGMTrainConfig}
+    load_config(kinds.get(path.stem.split("_")[0], NCSNTrainConfig), path)
