@@ -176,7 +176,8 @@ class EvaluateOptions:
     run: tuple[str, ...] = ()
     """Folders of the runs to put in the table."""
     metrics: tuple[str, ...] = ("nelbo",)
-    """Bounds: bits (a model of the images themselves); nelbo; normal (an LSGM's own VAE under N(0, I)); iw (a VAE run); ode (an LSGM)."""
+    """Bounds of a model with latents: nelbo; iw (importance-weighted); of an LSGM also normal (its
+    own VAE under N(0, I)), ode, iw_exact. Of a model of the images themselves: bits."""
     split: str = "test"
     """test or train."""
     json: str | None = None

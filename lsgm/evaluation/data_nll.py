@@ -1,6 +1,4 @@
-"""Likelihood of models of the images themselves, as a :class:`~lsgm.evaluation.nll.LikelihoodReport`
-like those of models with latents.
-"""
+"""Likelihood of models of the images themselves, reported like that of models with latents."""
 
 from __future__ import annotations
 
