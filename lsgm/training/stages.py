@@ -158,7 +158,7 @@ class LSGMStage(Stage):
         ] = ()  # a tuple: not a submodule, its weights are the loop's
         self.spectral_weight = prior.spectral_regularization
         self.norm_weight = prior.norm_regularization
-        self.regularizers = {}
+        self.regularizers: dict[str, SpectralNormRegularizer] = {}
         if objective.spectral_regularization > 0 and self.trains_vae:
             self.regularizers["spectral"] = SpectralNormRegularizer(model.vae)
         if self.spectral_weight > 0:

@@ -390,6 +390,22 @@ def test_losses_and_gradients_of_a_step(
 
 
 @priors
+def test_weights_of_the_regularisers_are_imported(path: Path, tmp_path: Path) -> None:
+    """With custom_conv_dae the published search finds no convolution of the prior."""
+    fixture, config = prior_fixture(path), imported(path)[1]
+    weight = fixture.config["weight_decay_norm_dae"]
+    assert not fixture.config["custom_conv_dae"] and weight > 0
+    assert config.prior.spectral_regularization == config.prior.norm_regularization == weight
+    assert config.objective.spectral_regularization == fixture.config["weight_decay_norm_vae"]
+    args = {**vars(fixture.raw["args"]), "custom_conv_dae": True}
+    torch.save({**fixture.raw, "args": args}, tmp_path / "custom.pt")
+    import_official_lsgm(tmp_path / "custom.pt", tmp_path / "run")
+    custom = load_run_config(tmp_path / "run")
+    assert isinstance(custom, LSGMTrainConfig)
+    assert (custom.prior.spectral_regularization, custom.prior.norm_regularization) == (0, weight)
+
+
+@priors
 @torch.no_grad()
 def test_regularisers(path: Path) -> None:
     """Four iterations on from the stored vectors, of the training weights."""
