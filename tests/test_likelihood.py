@@ -10,7 +10,7 @@ from oracles import GaussianOracle, MixtureOracle
 from sde_cases import all_sdes
 
 from lsgm.divergence import ExactDivergence, HutchinsonDivergence
-from lsgm.likelihood import ode_log_density
+from lsgm.likelihood import ode_log_density, tolerance_convergence
 from lsgm.sde import VPSDE
 
 T_END = 1e-2
@@ -64,6 +64,57 @@ def test_hutchinson_agrees_with_the_exact_trace_in_expectation(distribution):
     error = noisy.log_prob.std() / math.sqrt(len(z))
     assert error > 0
     assert (noisy.log_prob.mean() - exact.log_prob[0]).abs() < 4 * error
+
+
+def test_several_probes_report_their_own_variance():
+    """The spread over probes, measured image by image, is that over independent solves."""
+    sde = VPSDE()
+    oracle = MixtureOracle.ring(sde)
+    z = torch.tensor([[0.9, 0.5]], dtype=torch.float64).expand(1000, 2)
+
+    def solve(probes, seed):
+        return ode_log_density(
+            sde,
+            oracle.eps,
+            z,
+            divergence=HutchinsonDivergence("gaussian", probes),
+            t_end=T_END,
+            rtol=1e-3,
+            atol=1e-3,
+            rng=torch.Generator().manual_seed(seed),
+        )
+
+    one, four = solve(1, 0), solve(4, 1)
+    assert one.probe_variance is None and four.per_probe.shape == (4, 1000)
+    torch.testing.assert_close(four.log_prob, four.per_probe.mean(0))
+    variance = one.log_prob.var().item()
+    assert four.probe_variance.mean().item() == pytest.approx(variance, rel=0.2)
+    assert four.log_prob.var().item() == pytest.approx(variance / 4, rel=0.2)
+    exact = ode_log_density(sde, oracle.eps, z[:2], t_end=T_END)
+    assert torch.equal(exact.probe_variance, torch.zeros(2, dtype=torch.float64))
+    assert exact.exact() is exact.log_prob
+    with pytest.raises(ValueError, match="cannot be exponentiated"):
+        four.exact()
+
+
+@pytest.mark.parametrize("divergence", [None, HutchinsonDivergence("gaussian", 2)])
+def test_the_tolerance_table_converges(divergence):
+    """To the same probes' own limit; the exact one's is known."""
+    sde = VPSDE()
+    oracle = GaussianOracle(sde, torch.tensor([0.5, -1.0]), torch.tensor([0.3, 2.0]))
+    z = oracle.sample(16, T_END, torch.Generator().manual_seed(0))
+    options = {"divergence": divergence, "t_end": T_END}
+    rows = tolerance_convergence(sde, oracle.eps, z, (1e-6, 1e-2, 1e-4), **options)
+    assert [row.tolerance for row in rows] == [1e-2, 1e-4, 1e-6]
+    assert rows[0].error > 4 * rows[1].error > 0 and rows[2].error == 0
+    assert rows[0].nfe < rows[1].nfe < rows[2].nfe
+    if divergence is None:
+        truth = oracle.ode_log_prob(z, T_END).mean().item()
+        assert rows[2].log_prob == pytest.approx(truth, abs=1e-4)
+        found = ode_log_density(sde, oracle.eps, z, rtol=1e-2, atol=1e-2, t_end=T_END)
+        limit = ode_log_density(sde, oracle.eps, z, rtol=1e-6, atol=1e-6, t_end=T_END)
+        difference = (found.log_prob - limit.log_prob).square().mean().sqrt().item()
+        assert rows[0].error == pytest.approx(difference)
 
 
 def test_a_fixed_probe_makes_the_solve_a_function_and_cheaper():
