@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lsgm.benchmark import joint
 from lsgm.benchmark.accounting import (
     DEPTHWISE,
     OTHER,
@@ -15,11 +17,24 @@ from lsgm.benchmark.accounting import (
     operator_kind,
     time_shares,
 )
+from lsgm.benchmark.joint import NAMES, PriorStage, joint_ratios, measure_joint, phases
 from lsgm.benchmark.plain import PLAIN, make_plain
 from lsgm.benchmark.training import REPEATS_OPTION, positive_number
+from lsgm.config import (
+    LSGMTrainConfig,
+    OptimConfig,
+    PriorConfig,
+    PriorNetworkConfig,
+    TrainConfig,
+    VAEConfig,
+    VAETrainConfig,
+)
 from lsgm.errors import UserError
+from lsgm.tensors import expand_like
+from lsgm.training.state import StepContext
 from vae import HierarchicalVAE
 from vae.layers import BatchNorm
+from vae.random import randn
 
 
 def small_vae() -> HierarchicalVAE:
@@ -110,3 +125,91 @@ def test_count_options() -> None:
     for wrong in ("0", "-1", "many", "1.5"):
         with pytest.raises(UserError, match="--repeats"):
             positive_number({"repeats": wrong}, REPEATS_OPTION)
+
+
+VAE_CONFIG = VAETrainConfig(
+    vae=VAEConfig(
+        num_channels_enc=4,
+        num_channels_dec=4,
+        num_preprocess_cells=1,
+        num_postprocess_cells=1,
+        num_latent_per_group=2,
+    )
+)
+LSGM_CONFIG = LSGMTrainConfig(
+    prior=PriorConfig(
+        network=PriorNetworkConfig(
+            num_channels=8, num_scales=2, num_cells_per_scale=1, embedding_dim=8
+        ),
+        spectral_regularization=1e-3,
+        norm_regularization=1e-2,
+    ),
+    optim_prior=OptimConfig(optimizer="adamw", lr=1e-4),
+    train=TrainConfig(batch_size=4, device="cpu"),
+)
+
+
+def test_a_step_of_the_prior_alone_is_its_objective_and_no_more() -> None:
+    """On given latents its gradient is that of the weighted error and the prior's regularisers,
+    from one evaluation of the network; the VAE takes no part.
+    """
+    made = phases(VAE_CONFIG, LSGM_CONFIG)
+    stage, latents = made[joint.PRIOR].stage, made[joint.PRIOR].data
+    assert isinstance(stage, PriorStage)
+    assert {id(p) for p in stage.parameters()} == {id(p) for p in stage.score.parameters()}
+    calls = []
+    stage.score.network.register_forward_hook(lambda *_: calls.append(1))
+    rng = torch.Generator().manual_seed(3)
+    stage(latents, StepContext(0, 1, rng)).loss.backward()
+    assert len(calls) == 1
+    got = [p.grad.clone() for p in stage.score.parameters()]
+
+    rng = torch.Generator().manual_seed(3)
+    sde = stage.score.sde
+    eps = randn(latents.shape, rng, device="cpu")
+    times = stage.proposal.sample(len(latents), rng, stratified=True)
+    t = times.t.float()
+    error = (stage.score(sde.perturb(latents, t, eps), t) - eps).square()
+    weight = expand_like(stage.weighting(sde, times.t) * times.inverse_density, error)
+    loss = (weight * error).sum() / len(latents)
+    # the power iteration of the spectral term has moved on, and hardly changes a gradient of 1e-3
+    gains = [m.weight for m in stage.score.modules() if isinstance(m, nn.GroupNorm)]
+    loss = loss + 1e-2 * sum(w.abs().max() for w in gains)
+    want = torch.autograd.grad(loss, list(stage.score.parameters()), materialize_grads=True)
+    biases = [i for i, p in enumerate(stage.score.parameters()) if p.ndim == 1]
+    assert biases
+    for i in biases:
+        torch.testing.assert_close(got[i], want[i], rtol=1e-3, atol=1e-4)
+
+
+def test_steps_that_are_compared_share_vae_prior_and_batch() -> None:
+    made = phases(VAE_CONFIG, LSGM_CONFIG)
+    assert set(made) == set(NAMES)
+    vae, prior, both, frozen = (
+        {id(p) for side in made[name].stage.trainables().values() for p in side.parameters()}
+        for name in (joint.VAE, joint.PRIOR, joint.JOINT, joint.FROZEN)
+    )
+    assert vae | prior == both
+    assert not vae & prior
+    assert frozen == prior
+    assert made[joint.VAE].data is made[joint.JOINT].data
+    assert len(made[joint.PRIOR].data) == len(made[joint.JOINT].data) == 4
+
+
+def test_joint_command_reports_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joint, "in_fresh_process", lambda job, *arguments: job(*arguments))
+    cost = measure_joint(VAE_CONFIG, LSGM_CONFIG, repeats=2)
+    assert len(cost.rounds) == len(cost.cpu_rounds) == 2
+    assert all(0 < seconds for row in (*cost.rounds, *cost.cpu_rounds) for seconds in row)
+    assert cost.parameters[joint.JOINT] == cost.parameters[joint.VAE] + cost.parameters[joint.PRIOR]
+    lines = "\n".join(cost.lines())
+    assert "joint / (VAE + prior)" in lines and "CPU time" in lines
+    frozen = replace(LSGM_CONFIG, prior=replace(LSGM_CONFIG.prior, training="frozen"))
+    with pytest.raises(UserError, match="prior.training: frozen has no joint step"):
+        measure_joint(VAE_CONFIG, frozen)
+
+
+def test_ratio_of_the_joint_step() -> None:
+    order = {joint.VAE: 2.0, joint.PRIOR: 3.0, joint.JOINT: 4.0, joint.FROZEN: 100.0}
+    rounds = [[order[name] for name in NAMES], [2 * order[name] for name in NAMES]]
+    assert joint_ratios(rounds) == [pytest.approx(0.8)] * 2
