@@ -12,10 +12,7 @@ from torch import Tensor, nn
 
 from lsgm.sde import LinearSDE
 
-__all__ = ["INACTIVE_MIXING_LOGIT", "EpsFn", "MixedNormalScore"]
-
-INACTIVE_MIXING_LOGIT = -15.0
-"""Mixing logit given to an inactive channel: its prior is N(0, 1) to one part in three million."""
+__all__ = ["EpsFn", "MixedNormalScore"]
 
 
 class EpsFn(Protocol):
@@ -65,16 +62,19 @@ class MixedNormalScore(nn.Module):
 
     @property
     def mixing(self) -> Tensor:
-        """Weight ``a`` of the network, ``(1, C, 1, 1)`` in ``(0, 1)``; ones if not mixed."""
+        """Weight ``a`` of the network, ``(1, C, 1, 1)`` in ``[0, 1)``, 0 in inactive channels; ones
+        if not mixed.
+        """
         if self.mixing_logit is None:
             return torch.ones_like(self.channel_mask)
-        return torch.sigmoid(self.mixing_logit)
+        return torch.sigmoid(self.mixing_logit) * self.channel_mask
 
     @torch.no_grad()
     def deactivate(self, inactive: Tensor) -> None:
-        """Hide channels from the network and give them a Normal prior.
+        """Hide channels from the network and give them a Normal prior, for good.
 
-        ``inactive (C,)`` bool. The mixing logit is set once and stays trainable.
+        ``inactive (C,)`` bool. (The published code sets their mixing logit to -15 once and goes on
+        training it.)
 
         Raises:
             ValueError: ``inactive`` has another shape or dtype.
@@ -86,8 +86,6 @@ class MixedNormalScore(nn.Module):
             )
         inactive = inactive.to(self.channel_mask.device).view(1, -1, 1, 1)
         self.channel_mask.masked_fill_(inactive, 0.0)
-        if self.mixing_logit is not None:
-            self.mixing_logit.masked_fill_(inactive, INACTIVE_MIXING_LOGIT)
 
     def residual(self, x_t: Tensor, t: Tensor) -> Tensor:
         """The network alone, at the masked input: ``(B, C, H, W)`` in its own dtype."""
