@@ -6,7 +6,18 @@ from dataclasses import dataclass, field
 
 from lsgm.errors import UserError
 
-__all__ = ["EvaluateOptions", "QualityOptions", "SampleOptions", "SolverOptions", "require_run"]
+__all__ = [
+    "ClassOptions",
+    "EditOptions",
+    "EvaluateOptions",
+    "InpaintOptions",
+    "InterpolateOptions",
+    "QualityOptions",
+    "ResampleOptions",
+    "SampleOptions",
+    "SolverOptions",
+    "require_run",
+]
 
 
 @dataclass(frozen=True)
@@ -113,7 +124,7 @@ class SampleOptions(SolverOptions):
     dtype: str = "float32"
     """Images in an NPZ: float32 or float16 in [0, 1], or uint8 in 0..255."""
     latents: bool = False
-    """Write the latents to the NPZ as well: `latents_0`, ..., coarsest group first, float32."""
+    """Write the latents to the NPZ as well: `latents_0`, ..., coarsest first, float32."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
 
@@ -153,6 +164,8 @@ class QualityOptions:
     """Binary data: draws (one Bernoulli draw a pixel) or means (grey decoder means)."""
     neighbours: int = 3
     """Neighbour that sets the radius of precision and recall."""
+    subsets: int = 100
+    """Subsets of the kernel distance, of 1000 images at most."""
     cache: str | None = None
     """Folder of trained classifiers and features of data. None: LSGM_CACHE, else
     ~/.cache/lsgm/evaluation."""
@@ -163,10 +176,87 @@ class QualityOptions:
     def __post_init__(self) -> None:
         if self.num < 20:
             raise ValueError(f"num: must be 20 at least, not {self.num}")
-        if min((self.neighbours, *self.nfe)) <= 0:
-            raise ValueError("nfe, neighbours: must be positive")
+        if min((self.neighbours, self.subsets, *self.nfe)) <= 0:
+            raise ValueError("nfe, neighbours, subsets: must be positive")
         if self.images not in ("draws", "means"):
             raise ValueError(f"images: must be draws or means, not {self.images}")
+
+
+@dataclass(frozen=True)
+class EditOptions(SolverOptions):
+    """Change images with a trained run; the result is a PNG grid."""
+
+    run: str | None = None
+    """Folder of the run."""
+    index: tuple[int, ...] = (0, 1, 2, 3)
+    """Images of the data's test split to start from."""
+    files: tuple[str, ...] = ()
+    """Image files to start from instead."""
+    samples: int = 4
+    """Results for each image."""
+    out: str = "edited.png"
+    """File to write: a .png grid, one row per image."""
+    data_root: str | None = None
+    """Where the data lie, if elsewhere than in training."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.samples <= 0:
+            raise ValueError(f"samples: must be positive, not {self.samples}")
+        if not self.out.endswith(".png"):
+            raise ValueError(f"out: must end in .png, not {self.out}")
+        if not self.index and not self.files:
+            raise ValueError("index: name at least one image")
+
+
+@dataclass(frozen=True)
+class InpaintOptions(EditOptions):
+    """Keep the pixels that are known and draw the others. A model of images keeps them exactly; an
+    LSGM keeps the latents above them.
+    """
+
+    mask: str = "centre"
+    """Part to draw: centre, left, right, top, bottom, random (half of all pixels), or an image file
+    whose dark pixels are drawn."""
+
+
+@dataclass(frozen=True)
+class ClassOptions(EditOptions):
+    """Draw images of given classes: one row for each, `samples` images long."""
+
+    labels: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)
+    """The classes."""
+    guidance: float = 1.0
+    """Strength of the guidance: 1 is the conditional law, 0 no class; larger values sharpen it."""
+    classifier: str | None = None
+    """Run of a noise-conditional classifier that guides a model without classes."""
+
+
+@dataclass(frozen=True)
+class InterpolateOptions(EditOptions):
+    """Go from each image to the next along a great circle of the flow's noise."""
+
+    steps: int = 8
+    """Images from one to the other, both included."""
+    between: str = "images"
+    """images, or seeds: between samples instead, as many rows as `samples`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 2:
+            raise ValueError(f"steps: must be at least 2, not {self.steps}")
+        if self.between not in ("images", "seeds"):
+            raise ValueError(f"between: must be images or seeds, not {self.between}")
+
+
+@dataclass(frozen=True)
+class ResampleOptions(EditOptions):
+    """Keep some latent groups of an image and draw the others given them."""
+
+    keep: tuple[int, ...] = (0,)
+    """Latent groups to keep, coarsest first."""
 
 
 @dataclass(frozen=True)

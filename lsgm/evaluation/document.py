@@ -133,8 +133,11 @@ def markdown(report: Any, details: Details, out: Path) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+    def line(cells: Sequence[str]) -> str:
+        escaped = (cell.replace("|", r"\|") for cell in cells)
+        return f"| {' | '.join(escaped)} |"
+
+    return "\n".join([line(head), "|---" * len(head) + "|", *map(line, rows)])
 
 
 def _nats(estimate: Estimate | None) -> str:
@@ -203,18 +206,15 @@ def _curves(details: Details) -> list[str]:
 
 def _quality(quality: SampleQualityReport) -> list[str]:
     points = [*_by_nfe(quality), *([quality.floor] if quality.floor else ())]
-    keys = list(quality.samples.scores)
     rows = [
         (
-            point.label,
+            f"{score.name}, {score.better} is better",
             *(
-                f"{point.scores[key].value:.4g} +- {point.scores[key].standard_error:.2g}"
-                if key in point.scores
-                else "-"
-                for key in keys
+                f"{found.value:.4g} +- {found.standard_error:.2g}"
+                for found in (point.scores[key] for point in points)
             ),
         )
-        for point in points
+        for key, score in quality.samples.scores.items()
     ]
     facts = [
         f"* features: {quality.extractor}, {quality.num_features} of them; weights sha256 "
@@ -230,7 +230,7 @@ def _quality(quality: SampleQualityReport) -> list[str]:
     text = [
         "## Sample quality",
         "\n".join(facts),
-        _table(("samples", *(quality.samples.scores[key].name for key in keys)), rows),
+        _table(("score", *(point.label for point in points)), rows),
     ]
     if quality.ladder:
         text += [_differences(quality), "![quality against evaluations](quality.png)"]

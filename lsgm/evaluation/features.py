@@ -248,7 +248,7 @@ def classifier(
     spec = datasets.spec
     seen = ", half of them binarised" if spec.binary else ""
     return NetworkExtractor(
-        f"classifier features ({spec.name} {trained.labels})",
+        f"classifier features ({' '.join(dict.fromkeys((spec.name, trained.labels)))})",
         f"{spec.image_size}x{spec.image_size} as they are; the classifier saw training images"
         f"{seen}, and has an accuracy of {trained.test_accuracy:.3f} on test images",
         trained.sha256,

@@ -23,7 +23,14 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from lsgm.config import DataConfig
-from lsgm.data import Datasets, DataSpec, ImageDataset, binarise, epoch_order
+from lsgm.data import (
+    Datasets,
+    DataSpec,
+    ImageDataset,
+    binarise,
+    epoch_order,
+    fixed_binarisation,
+)
 from lsgm.evaluation.classifier import data_hash, unpadded
 from lsgm.evaluation.distances import (
     Moments,
@@ -47,6 +54,7 @@ from lsgm.evaluation.features import (
 from lsgm.files import atomic_write
 from lsgm.options import QualityOptions, SolverOptions
 from lsgm.sampling import Samples, draw_samples
+from vae.random import RowGenerators
 
 __all__ = [
     "QualityPoint",
@@ -59,6 +67,7 @@ __all__ = [
 ]
 
 INCEPTION = "inception"
+DRAWS = "draws"
 
 
 @dataclass(frozen=True)
@@ -177,6 +186,7 @@ def quality_of_images(
     features: str,
     nfe: float | None = None,
     k: int = 3,
+    subsets: int = 100,
     seed: int = 0,
 ) -> QualityPoint:
     """Scores of images with activations ``found`` against ``real``.
@@ -189,6 +199,7 @@ def quality_of_images(
         features: Its name in words.
         nfe: Network evaluations a batch.
         k: Neighbour of precision and recall.
+        subsets: Of the kernel distance.
         seed: Of the subsets and the groups.
     """
     a, b = found.features, real.features
@@ -217,7 +228,7 @@ def quality_of_images(
         "lower",
         again(lambda kept: frechet_distance(a[kept], moments)),
     )
-    kernel = kernel_distance(a, b, seed=seed)
+    kernel = kernel_distance(a, b, subsets=subsets, seed=seed)
     add(
         "kernel",
         f"{'KID' if inception else f'kernel distance, {features}'}"
@@ -255,22 +266,22 @@ def quality_of_images(
     return QualityPoint(label, nfe, num, scores)
 
 
-def comparable_images(images: Tensor, spec: DataSpec, convention: str, seed: int) -> Tensor:
-    """Samples or grey real images ``(N, C, H, W)`` in [0, 1] as they are scored: binary data are
-    drawn, one Bernoulli a pixel, under the convention ``draws``.
+def scored_images(images: Tensor, spec: DataSpec, convention: str, seed: int) -> Tensor:
+    """Samples ``(N, C, H, W)`` in [0, 1] as they are scored: of binary data one Bernoulli draw a
+    pixel under the convention ``draws``, the image's own index and ``seed`` deciding it.
     """
-    if spec.binary and convention == "draws":
-        return binarise(images, torch.Generator().manual_seed(seed))
+    if spec.binary and convention == DRAWS:
+        return binarise(images, RowGenerators.of(seed + 1, range(len(images))))
     return images
 
 
 def _convention_in_words(spec: DataSpec, convention: str, seed: int) -> str:
     if not spec.binary:
         return "images in [0, 1] as the model gives them; real images in 8 bits"
-    if convention == "draws":
+    if convention == DRAWS:
         return (
-            "one Bernoulli draw per pixel of the decoder means, seed of the samples; real images "
-            f"one fixed Bernoulli draw per pixel of their grey values, seed {seed}"
+            "one Bernoulli draw per pixel of the decoder means; real images one fixed Bernoulli "
+            f"draw per pixel of their grey values, seed {seed}, the draw that likelihoods use"
         )
     return "decoder means, not drawn; real images grey, not drawn"
 
@@ -308,8 +319,9 @@ def real_activations(
         return Activations(stored["features"], stored["logits"])
     except (OSError, safetensors.SafetensorError, KeyError):
         pass
-    images = comparable_images(_images_of(dataset, spec, chosen), spec, convention, seed)
-    found = extract(extractor, images, batch_size)
+    drawn = spec.binary and convention == DRAWS
+    source = fixed_binarisation(dataset, seed) if drawn else dataset
+    found = extract(extractor, _images_of(source, spec, chosen), batch_size)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(to_safetensors(asdict(found), metadata={"made_from": json.dumps(made_from)}))
@@ -359,16 +371,20 @@ def sample_quality(
             features=extractor.name,
             nfe=nfe,
             k=options.neighbours,
+            subsets=options.subsets,
             seed=options.seed,
         )
 
     def point(chosen: SolverOptions) -> QualityPoint:
         drawn = draw(model, options.num, chosen)
-        images = comparable_images(drawn.images, spec, options.images, chosen.seed)
-        return score(extract(extractor, images), f"{drawn.nfe:g} evaluations", drawn.nfe)
+        images = scored_images(drawn.images, spec, options.images, chosen.seed)
+        label = f"{drawn.solver}, NFE {drawn.nfe:g}" if drawn.nfe else drawn.solver
+        return score(extract(extractor, images), label, drawn.nfe)
 
     samples = point(sampling)
-    ladder = tuple(point(replace(sampling, nfe=nfe)) for nfe in options.nfe)
+    ladder = ()
+    if samples.nfe:  # a VAE under N(0, I) evaluates no network that a solver would call
+        ladder = tuple(point(replace(sampling, nfe=nfe)) for nfe in options.nfe)
     floor = None
     if len(datasets.train) >= options.num:
         index = epoch_order(len(datasets.train), options.seed, 0)[: options.num]
