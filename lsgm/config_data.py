@@ -96,6 +96,9 @@ class ScoreModelConfig:
     """network refinenet: its sizes."""
     sde: SDEConfig = field(default_factory=_data_sde)
     """score_sde only: the diffusion of the images."""
+    fit_sigma_max: bool = False
+    """score_sde with a vesde: its sigma2_max is the largest squared distance between training
+    images (2006.09011, technique 1)."""
     ladder: LadderConfig = field(default_factory=LadderConfig)
     """ncsn only: the noise levels."""
     data_range: Literal["unit", "symmetric"] = "symmetric"
@@ -111,6 +114,10 @@ class ScoreModelConfig:
 
     def __post_init__(self) -> None:
         _require_non_negative(self, "data_std")
+        _require(
+            not self.fit_sigma_max or self.sde.kind == "vesde",
+            f"fit_sigma_max: needs sde.kind vesde, not {self.sde.kind}",
+        )
         _require(
             not self.class_conditional or self.network == "ncsnpp",
             "class_conditional: network refinenet takes no class",

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lsgm.conditioning import classifier_free
 from lsgm.config import PriorNetworkConfig, SDEConfig
 from lsgm.config_data import (
     LadderConfig,
@@ -42,6 +43,7 @@ __all__ = [
     "build_data_model",
     "build_sde",
     "data_model_of",
+    "score_config_of",
 ]
 
 DATA_KINDS = ("ncsn", "score_sde")
@@ -196,9 +198,8 @@ class DataSGM(nn.Module):
     def eps_fn(self, labels: Tensor | None = None, guidance: float = 1.0) -> EpsFn:
         """The noise prediction as solvers take it.
 
-        ``labels``: ``(B,)``, int64, the class of each image; None: no class. ``guidance``: ``w`` of
-        classifier-free guidance, ``eps = eps(x) + w (eps(x, c) - eps(x))`` (arXiv 2207.12598, whose
-        ``w`` is one less): 1 is the conditional model.
+        ``labels``: ``(B,)``, int64, the class of each image; None: no class. ``guidance``: the
+        scale of :func:`lsgm.conditioning.classifier_free`; 1 is the conditional model.
 
         Raises:
             UserError: The model takes no class, or has no such class.
@@ -211,16 +212,7 @@ class DataSGM(nn.Module):
         labels = labels.to(self.device)
         if labels.numel() and not (labels.min() >= 0 and labels.max() < classes):
             raise UserError(f"this model has the classes 0 to {classes - 1}")
-        none = torch.full_like(labels, classes)
-
-        def eps(x_t: Tensor, t: Tensor) -> Tensor:
-            if guidance == 1.0:
-                return self.score(x_t, t, labels)
-            twice = self.score(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([none, labels]))
-            without, given = twice.chunk(2)
-            return without + guidance * (given - without)
-
-        return eps
+        return classifier_free(self.score, labels, guidance)
 
     # Sampling
 
@@ -349,14 +341,23 @@ def data_model_of(description: dict[str, Any], spec: DataSpec) -> DataSGM:
     Raises:
         TypeError, KeyError, ValueError: It does not fit.
     """
+    config = score_config_of(description["score"])
+    sampler = section(SamplerConfig, description["sampler"])
+    return build_data_model(description["kind"], config, sampler, spec)
+
+
+def score_config_of(values: dict[str, Any]) -> ScoreModelConfig:
+    """The architecture from the plain values of a ``run.json``.
+
+    Raises:
+        TypeError, KeyError, ValueError: It does not fit.
+    """
     sections = {
         "ncsnpp": PriorNetworkConfig,
         "refinenet": RefineNetConfig,
         "sde": SDEConfig,
         "ladder": LadderConfig,
     }
-    values = dict(description["score"])
+    values = dict(values)
     built = {name: section(cls, values.pop(name)) for name, cls in sections.items()}
-    config = ScoreModelConfig(**values, **built)
-    sampler = section(SamplerConfig, description["sampler"])
-    return build_data_model(description["kind"], config, sampler, spec)
+    return ScoreModelConfig(**values, **built)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lsgm.classifier import ImageClassifier, classifier_of
 from lsgm.config import (
     RETIRED_KEYS,
     PriorConfig,
@@ -289,7 +290,8 @@ def prior_config_from(values: dict[str, Any]) -> PriorConfig:
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> Any:
     """Rebuild the model of a finished run, in eval mode, by its kind: a :class:`LSGM`, a plain
-    :class:`VAEModel`, or a :class:`~lsgm.datasgm.DataSGM`.
+    :class:`VAEModel`, a :class:`~lsgm.datasgm.DataSGM` or an
+    :class:`~lsgm.classifier.ImageClassifier`.
 
     Raises:
         UserError: The folder is not a finished run, or its files are damaged or do not fit
@@ -323,5 +325,6 @@ BUILDERS: dict[str, Callable[[dict[str, Any], DataSpec], nn.Module]] = {
     VAEModel.kind: _vae_of,
     LSGM.kind: _lsgm_of,
     **dict.fromkeys(DATA_KINDS, data_model_of),
+    ImageClassifier.kind: classifier_of,
 }
 """How a model is built from its description, by kind."""

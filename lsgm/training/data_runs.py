@@ -7,19 +7,22 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import torch
 
+from lsgm.classifier import ImageClassifier, build_classifier
 from lsgm.config_data import NCSNTrainConfig, ScoreModelConfig
 from lsgm.data import Batches, Datasets
 from lsgm.data.pixels import Pixels
 from lsgm.datasgm import DataSGM, build_data_model
-from lsgm.errors import UserError
 from lsgm.evaluation.figures import image_grid, learning_curves, read_metrics, save_grid
 from lsgm.files import RunFolder
 from lsgm.models import save
+from lsgm.networks.classifier import Classifier
 from lsgm.noise_ladder import NoiseLadder
 from lsgm.sde import largest_squared_distance
+from lsgm.training.classifier_stage import ClassifierStage
 from lsgm.training.distributed import World, distributed, on_main
 from lsgm.training.launch import fit_run, open_run
 from lsgm.training.loop import EvalContext
@@ -45,9 +48,8 @@ def train_ncsn(config: NCSNTrainConfig, out: str | None = None, *, resume: bool 
     with distributed(config.train.device) as world:
         run, datasets = open_run(config, config.data, out, resume, world)
         torch.manual_seed(config.train.seed)
-        if config.kind == "classifier":
-            raise UserError("kind: classifier is not available yet")
-        _train_score(config, datasets, run, resume, world)
+        train = _train_classifier if config.kind == "classifier" else _train_score
+        train(config, datasets, run, resume, world)
     return run.path
 
 
@@ -122,27 +124,87 @@ def _evaluate(
     grid = image_grid(samples)
     context.log_image("samples", grid)
     save_grid(grid, context.run.samples / f"samples_{context.step:08d}.png")
+    _curves(context, "score matching loss, a value of the image")
+    return {"loss": total / count / model.spec.num_dims}
+
+
+def _train_classifier(
+    config: NCSNTrainConfig, datasets: Datasets, run: RunFolder, resume: bool, world: World
+) -> None:
+    score = fit_noise(config.kind, config.score, datasets)
+    model = build_classifier(config.classifier, score, datasets.spec)
+    if world.is_main:
+        what = f"images noised by {model.sde}" if config.classifier.noise_conditional else "images"
+        parameters = sum(p.numel() for p in model.parameters())
+        print(
+            f"classifier of {datasets.spec.name} {what}, {model.num_classes} classes, "
+            f"{parameters / 1e6:.2f} M parameters",
+            flush=True,
+        )
+
+    def evaluate(context: EvalContext) -> Mapping[str, float]:
+        averaged = model.with_network(cast(Classifier, context.models["classifier"])).eval()
+        return on_main(world, lambda: _test_classifier(averaged, datasets, config, context))
+
+    def release(state: TrainState) -> None:
+        network = cast(Classifier, state.evaluation_models()["classifier"])
+        save(model.with_network(network), run.path, config.data, {"steps": state.step})
+
+    fit_run(
+        ClassifierStage(model, config.classifier.label_smoothing),
+        datasets,
+        config,
+        {"classifier": config.optim},
+        run,
+        resume,
+        world,
+        evaluate=evaluate,
+        release=release,
+        labels=True,
+    )
+
+
+def _test_classifier(
+    model: ImageClassifier, datasets: Datasets, config: NCSNTrainConfig, context: EvalContext
+) -> dict[str, float]:
+    """Cross-entropy (nats) and accuracy on test images, noised as in training; writes the learning
+    curve.
+    """
+    stage = ClassifierStage(model)
+    rng = torch.Generator().manual_seed(config.train.seed)
+    loss, right, count = 0.0, 0, 0
+    batches = Batches(datasets.test, 250, train=False, limit=config.train.eval_images, labels=True)
+    for _, (images, labels) in batches.epoch():
+        x = model.pixels.to_network(images.to(context.world.device), rng, noise=True)
+        logits = stage.logits(x, rng).cpu()
+        loss += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+        right += int((logits.argmax(1) == labels).sum())
+        count += len(labels)
+    _curves(context, "cross-entropy of the label, nats")
+    return {"loss": loss / count, "accuracy": right / count}
+
+
+def _curves(context: EvalContext, ylabel: str) -> None:
     learning_curves(
         {context.run.path.name: read_metrics(context.run.metrics)},
         context.run.path / "curves.png",
         metric="loss",
-        ylabel="score matching loss, a value of the image",
+        ylabel=ylabel,
     )
-    return {"loss": total / count / model.spec.num_dims}
 
 
 def fit_noise(kind: str, score: ScoreModelConfig, datasets: Datasets) -> ScoreModelConfig:
     """Fill in what the noise takes from the training images.
 
-    * score_sde with a vesde: ``sigma2_max`` becomes the largest squared distance between images
-      (2011.13456, App. C; 2006.09011, technique 1);
+    * ``fit_sigma_max``: a vesde's ``sigma2_max`` becomes the largest squared distance between
+      images (2011.13456, App. C; 2006.09011, technique 1);
     * ncsn: the same for a ``ladder.sigma_max`` that is None, and the number of levels from the
       number of values for a ``ladder.levels`` that is None (2006.09011, technique 2).
 
     The distance is sought among the first 10,000 images of a shuffled epoch.
     """
     ladder, sde = score.ladder, score.sde
-    if kind == "score_sde" and sde.kind == "vesde":
+    if kind != "ncsn" and score.fit_sigma_max:
         largest = _largest_squared_distance(score, datasets)
         return replace(score, sde=replace(sde, sigma2_max=largest))
     if kind != "ncsn":
