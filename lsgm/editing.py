@@ -1,0 +1,393 @@
+"""Changing images with a trained run: inpainting, colourisation, classes, interpolation,
+reconstruction and resampling of latent groups. ``COMMANDS`` are those of ``scripts/edit.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import max_pool2d, pad
+from tqdm import tqdm
+
+from lsgm.conditioning import (
+    ProjectionInpainting,
+    Projector,
+    grey_projector,
+    mask_projector,
+)
+from lsgm.configio import parse_command_line
+from lsgm.data import build_datasets, preprocess
+from lsgm.data.folder import read_image
+from lsgm.errors import UserError
+from lsgm.evaluation.figures import image_grid, save_grid
+from lsgm.latents import decode, draw_code, encode, interpolate, resample_groups
+from lsgm.models import VAEModel, load
+from lsgm.options import (
+    ClassOptions,
+    EditOptions,
+    InpaintOptions,
+    InterpolateOptions,
+    ResampleOptions,
+    require_run,
+)
+from lsgm.protocols import DiffusionModel, has_diffusion
+from lsgm.release import load_data_config
+from lsgm.sampling import draw_batch
+from lsgm.solver_choice import choose_solver
+from lsgm.solvers import Solver
+from lsgm.training.precision import choose_device
+from vae.random import RowGenerators, randn
+
+__all__ = [
+    "COMMANDS",
+    "class_conditional",
+    "colourise",
+    "edit_command",
+    "inpaint",
+    "make_mask",
+    "state_mask",
+]
+
+MASKS = ("centre", "left", "right", "top", "bottom", "random")
+CONDITIONAL_SOLVER = "predictor_corrector"
+CONDITIONAL_NFE = 200
+DETERMINISTIC_SOLVER = "dopri5"
+
+
+# Library: each takes a model and tensors, and gives images in [0, 1]
+
+
+def make_mask(name: str, size: int, seed: int = 0) -> Tensor:
+    """Which pixels are known: bool ``(size, size)``. ``name`` is the unknown part, or a file.
+
+    Raises:
+        UserError: There is no such mask or file.
+    """
+    known = torch.ones(size, size, dtype=torch.bool)
+    half, quarter = size // 2, size // 4
+    parts = {
+        "centre": (slice(quarter, size - quarter), slice(quarter, size - quarter)),
+        "left": (slice(None), slice(None, half)),
+        "right": (slice(None), slice(half, None)),
+        "top": (slice(None, half), slice(None)),
+        "bottom": (slice(half, None), slice(None)),
+    }
+    if name in parts:
+        known[parts[name]] = False
+        return known
+    if name == "random":
+        return torch.rand(size, size, generator=torch.Generator().manual_seed(seed)) < 0.5
+    if not Path(name).is_file():
+        raise UserError(f"--mask: {name} is neither a file nor one of {', '.join(MASKS)}")
+    return read_image(Path(name), size, 1)[0] >= 128
+
+
+def state_mask(known: Tensor, padding: int, size: int) -> Tensor:
+    """The entries of a state of side ``size`` all of whose pixels are known: bool ``(size, size)``.
+
+    ``known (H, W)``; the ``padding`` around the image that the network sees is known.
+    """
+    if size == known.shape[-1]:
+        return known
+    unknown = pad((~known).float(), (padding,) * 4)
+    return max_pool2d(unknown[None], unknown.shape[-1] // size)[0] == 0
+
+
+def _replace_known(
+    model: DiffusionModel,
+    x: Tensor,
+    projector: Projector,
+    solver: Solver,
+    times: Tensor,
+    rng: RowGenerators,
+    temperature: float,
+) -> tuple[Tensor, list[Tensor]]:
+    """A fresh state with the known part of that of ``x``; and the finer latents of ``x``."""
+    state, finer = model.encode_state(x, mean=True)
+    hook = ProjectionInpainting(model.sde, state, projector)
+    start = temperature * model.sde.prior_sample(state.shape, rng, device=x.device)
+    return solver.solve(model.sde, model.score, start, times, rng, [hook]).x, finer
+
+
+@torch.no_grad()
+def inpaint(
+    model: DiffusionModel,
+    x: Tensor,
+    known: Tensor,
+    padding: int,
+    solver: Solver,
+    times: Tensor,
+    rng: RowGenerators,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Images that agree with ``x`` where pixels are known: exactly for a model of images; for a
+    latent model, in the latents (of every scale) all of whose pixels are known.
+
+    Arguments:
+        model: A model with a diffusion.
+        x: ``(B, C, R, R)`` in [-1, 1].
+        known: bool ``(H, W)``, without padding.
+        padding: Of the images that the model sees.
+        solver: Should draw noise (see :mod:`lsgm.conditioning`).
+        times: Its times, decreasing.
+        rng: Source of all noise.
+        temperature: Of the starting noise and of fresh finer latents.
+    """
+    mask = state_mask(known, padding, model.state_shape[-1]).to(x.device)
+    state, finer = _replace_known(model, x, mask_projector(mask), solver, times, rng, temperature)
+    fresh = []
+    for z in finer:
+        keep = state_mask(known, padding, z.shape[-1]).to(x.device)
+        fresh.append(torch.where(keep, z, temperature * randn(z.shape, rng, device=z.device)))
+    return model.decode_state(state, fresh)
+
+
+@torch.no_grad()
+def colourise(
+    model: DiffusionModel,
+    x: Tensor,
+    solver: Solver,
+    times: Tensor,
+    rng: RowGenerators,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Images whose mean over the channels is that of ``x (B, 3, R, R)`` in [-1, 1], up to the clamp
+    to [0, 1]; for models of colour images (arXiv 2011.13456 appendix I.3).
+    """
+    state, finer = _replace_known(model, x, grey_projector(), solver, times, rng, temperature)
+    return model.decode_state(state, finer)
+
+
+@torch.no_grad()
+def class_conditional(
+    model: Any,
+    labels: Tensor,
+    guidance: float,
+    solver: Solver,
+    times: Tensor,
+    rng: RowGenerators,
+    temperature: float = 1.0,
+    classifier: Any = None,
+) -> Tensor:
+    """One image of each class ``labels (B,)``, int64: by a model that knows the classes, or guided
+    by a noise-conditional ``classifier`` (:class:`lsgm.classifier.ImageClassifier`).
+
+    Raises:
+        UserError: The model takes no classes, has no such class, or does not fit the classifier.
+    """
+    hooks = [] if classifier is None else [classifier.guide(model, labels, guidance)]
+    score = model.eps_fn(labels, guidance) if classifier is None else None
+    return draw_batch(model, len(labels), rng, solver, times, temperature, hooks, score).images
+
+
+# Commands
+
+
+def _open(options: EditOptions) -> Any:
+    model = load(require_run(options.run), choose_device(options.device))
+    if not has_diffusion(model):
+        raise UserError(f"--run: {options.run} has no score model; give an LSGM or a score model")
+    return model
+
+
+def _inputs(model: Any, options: EditOptions) -> tuple[Tensor, Tensor]:
+    """The images to start from: as the model takes them, ``(B, C, R, R)`` in [-1, 1], and in [0, 1]
+    without padding.
+    """
+    datasets = build_datasets(load_data_config(require_run(options.run), options.data_root))
+    spec = datasets.spec
+    if options.files:
+        if missing := [name for name in options.files if not Path(name).is_file()]:
+            raise UserError(f"--files: {missing[0]}: no such file")
+        read = [read_image(Path(f), spec.image_size, spec.channels) for f in options.files]
+        images = pad(torch.stack(read).float() / 255, (spec.padding,) * 4)
+    else:
+        count = len(datasets.test)
+        if bad := [i for i in options.index if not 0 <= i < count]:
+            raise UserError(f"--index: {bad[0]}: the test split has the images 0 to {count - 1}")
+        images = datasets.test.batch(torch.tensor(options.index))
+    binary = replace(spec, binary=spec.binary and model.spec.binary)
+    bits = model.vae_config.num_x_bits if isinstance(model, VAEModel) else 8
+    x = preprocess(images, binary, bits, torch.Generator().manual_seed(options.seed))
+    p = spec.padding
+    shown = ((x + 1) / 2)[..., p : x.shape[-2] - p, p : x.shape[-1] - p]
+    return x.to(model.device), shown
+
+
+def _conditional_sampler(model: Any, options: EditOptions) -> tuple[Solver, Tensor]:
+    """Unless named, a sampler with corrector steps, which inpainting needs."""
+    if options.solver is None and not hasattr(model, "defaults"):
+        options = replace(
+            options,
+            solver=CONDITIONAL_SOLVER,
+            nfe=options.nfe or CONDITIONAL_NFE,
+            corrector_steps=options.corrector_steps or 3,
+        )
+    return choose_solver(model, options)
+
+
+def _flow(model: Any, options: EditOptions) -> tuple[Solver, Tensor]:
+    """A deterministic sampler."""
+    solver, times = choose_solver(
+        model, replace(options, solver=options.solver or DETERMINISTIC_SOLVER)
+    )
+    if solver.stochastic:
+        raise UserError(f"--solver: {options.solver} draws noise; the flow needs one that does not")
+    return solver, times
+
+
+def _write_rows(rows: Sequence[Sequence[Tensor]], options: EditOptions) -> None:
+    """Write a grid of ``rows`` of images ``(C, H, W)``, all of the same length."""
+    out = Path(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    images = torch.stack([image.cpu() for row in rows for image in row])
+    save_grid(image_grid(images, columns=len(rows[0])), out)
+    print(f"{len(rows)} x {len(rows[0])} images -> {out}")
+
+
+def _write_samples(
+    leading: Sequence[Tensor],
+    x: Tensor,
+    draw: Callable[[Tensor, RowGenerators], Tensor],
+    options: EditOptions,
+) -> None:
+    """Rows of the ``leading`` images ``(B, C, H, W)`` and ``samples`` results for each of ``x``."""
+    columns = list(leading)
+    with tqdm(total=options.samples * len(x), unit="img", disable=None) as bar:
+        for k in range(options.samples):
+            parts = []
+            for index in torch.arange(len(x)).split(options.batch_size):
+                rng = RowGenerators.of(options.seed, (k * len(x) + index).tolist())
+                parts.append(draw(x[index.to(x.device)], rng).cpu())
+                bar.update(len(index))
+            columns.append(torch.cat(parts))
+    _write_rows(list(zip(*columns, strict=True)), options)
+
+
+def _inpaint(options: InpaintOptions) -> None:
+    model = _open(options)
+    x, shown = _inputs(model, options)
+    known = make_mask(options.mask, shown.shape[-1], options.seed)
+    solver, times = _conditional_sampler(model, options)
+
+    def draw(part: Tensor, rng: RowGenerators) -> Tensor:
+        padding = model.spec.padding
+        return inpaint(model, part, known, padding, solver, times, rng, options.temperature)
+
+    _write_samples([shown, torch.where(known, shown, 0.5)], x, draw, options)
+
+
+def _colourise(options: EditOptions) -> None:
+    model = _open(options)
+    if isinstance(model, VAEModel) or model.state_shape[0] != 3:
+        raise UserError("--run: colourising needs a model of colour images in data space")
+    x, shown = _inputs(model, options)
+    solver, times = _conditional_sampler(model, options)
+    grey = shown.mean(1, keepdim=True).expand_as(shown)
+
+    def draw(part: Tensor, rng: RowGenerators) -> Tensor:
+        return colourise(model, part, solver, times, rng, options.temperature)
+
+    _write_samples([shown, grey], x, draw, options)
+
+
+def _class_conditional(options: ClassOptions) -> None:
+    model = _open(options)
+    if not hasattr(model, "eps_fn"):
+        raise UserError("--run: an LSGM knows no classes; give a score model in data space")
+    classifier = load(options.classifier, model.device) if options.classifier else None
+    if classifier is not None and not hasattr(classifier, "guide"):
+        raise UserError(f"--classifier: {options.classifier} is not a classifier")
+    solver, times = choose_solver(model, options)
+    labels = torch.tensor(options.labels, device=model.device)
+
+    def draw(part: Tensor, rng: RowGenerators) -> Tensor:
+        return class_conditional(
+            model, part, options.guidance, solver, times, rng, options.temperature, classifier
+        )
+
+    _write_samples([], labels, draw, options)
+
+
+def _interpolate(options: InterpolateOptions) -> None:
+    model = _open(options)
+    solver, times = _flow(model, options)
+    if options.between == "images":
+        x, _ = _inputs(model, options)
+        if len(x) < 2:
+            raise UserError("--index: interpolation needs at least two images")
+        ends = [encode(model, part[None], solver, times) for part in x]
+    else:
+        ends = [
+            draw_code(model, 1, RowGenerators.of(options.seed, [i]), options.temperature)
+            for i in range(options.samples + 1)
+        ]
+    rows = []
+    for a, b in tqdm(list(zip(ends, ends[1:], strict=False)), unit="row", disable=None):
+        path = interpolate(a, b, options.steps)
+        rows.append([decode(model, code, solver, times)[0] for code in path])
+    _write_rows(rows, options)
+
+
+def _reconstruct(options: EditOptions) -> None:
+    """Columns: image, decoded posterior mean, and the same after the way through the flow."""
+    model = _open(options)
+    solver, times = _flow(model, options)
+    x, shown = _inputs(model, options)
+    with torch.no_grad():
+        direct = model.decode_state(*model.encode_state(x, mean=True)).cpu()
+    back = decode(model, encode(model, x, solver, times), solver, times).cpu()
+    flow, total = ((back - other).abs().mean().item() for other in (direct, shown))
+    print(f"mean absolute error of a pixel: {flow:.2e} by the flow, {total:.2e} in all")
+    _write_rows(list(zip(shown, direct, back, strict=True)), options)
+
+
+def _resample(options: ResampleOptions) -> None:
+    model = _open(options)
+    if not hasattr(model, "state_groups"):
+        raise UserError("--run: a model of images has no latent groups; give an LSGM")
+    x, shown = _inputs(model, options)
+    solver, times = _conditional_sampler(model, options)
+
+    @torch.no_grad()
+    def draw(part: Tensor, rng: RowGenerators) -> Tensor:
+        state, finer = model.encode_state(part, mean=True)
+        try:
+            changed = resample_groups(
+                model, state, finer, options.keep, solver, times, rng, options.temperature
+            )
+        except ValueError as error:
+            raise UserError(f"--keep: {error}") from error
+        return model.decode_state(*changed)
+
+    with torch.no_grad():
+        direct = model.decode_state(*model.encode_state(x, mean=True)).cpu()
+    _write_samples([shown, direct], x, draw, options)
+
+
+COMMANDS: dict[str, tuple[type[EditOptions], Callable[[Any], None]]] = {
+    "inpaint": (InpaintOptions, _inpaint),
+    "colourise": (EditOptions, _colourise),
+    "class-conditional": (ClassOptions, _class_conditional),
+    "interpolate": (InterpolateOptions, _interpolate),
+    "reconstruct": (EditOptions, _reconstruct),
+    "resample": (ResampleOptions, _resample),
+}
+"""Options and action of each command."""
+
+
+def edit_command(name: str, argv: Sequence[str]) -> None:
+    """Run a command.
+
+    Raises:
+        UserError: There is none of this name, or its options do not fit.
+    """
+    if name not in COMMANDS:
+        raise UserError(f"{name}: no such edit; known are {', '.join(COMMANDS)}")
+    options, action = COMMANDS[name]
+    action(parse_command_line(options, argv, extra=(), prog=f"edit.py {name}").config)
