@@ -164,18 +164,22 @@ def _finish(bench: Bench, found: Sequence[tuple[Measurement, Tensor]]) -> list[M
     """The measurements; those of the nearest variant of each solver, the default and the fitted one
     with pixels and quality.
     """
-    best: dict[str, float] = {}
-    for one, _ in found:
-        best[one.solver] = min(best.get(one.solver, math.inf), one.rms or math.inf)
+    nearest: dict[str, int] = {}
+    for i, (one, _) in enumerate(found):
+        best = nearest.setdefault(one.solver, i)
+        if _distance(one) < _distance(found[best][0]):
+            nearest[one.solver] = i
     finished = []
-    for one, x in found:
-        chosen = one.rms == best[one.solver] or (
-            one.solver == DEFAULT and one.grid in ("sqrt_time", "pilot, options fitted")
-        )
-        if chosen:
+    for i, (one, x) in enumerate(found):
+        named = one.solver == DEFAULT and one.grid in ("sqrt_time", "pilot, options fitted")
+        if named or i == nearest[one.solver]:
             one = replace(one, pixel_rms=bench.pixel_rms(x), quality=bench.quality(x))
         finished.append(one)
     return finished
+
+
+def _distance(one: Measurement) -> float:
+    return math.inf if one.rms is None else one.rms
 
 
 def measure(

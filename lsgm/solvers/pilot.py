@@ -51,6 +51,8 @@ STRUCTURES = (
 """Orders, whether corrected, whether of lower order at the end, that the scan tries."""
 MAX_NODES = 9
 """Steps that are free in the refinement; of more steps the logs are interpolated between them."""
+MAX_CALLS = 1000
+"""Network calls of a refinement, about."""
 CLOSE = 2.0
 """A second kind of solver is refined too if its error is below this factor of the best one's."""
 ALPHA_LIMITS = (1e-4, 1 - 1e-4)
@@ -147,7 +149,7 @@ def fit_pilot(
     *,
     fit_options: bool = True,
     refine: bool = True,
-    iterations: int = 8,
+    iterations: int | None = None,
 ) -> PilotFit:
     """Choose options and times of ``solver`` for ``nfe`` network calls.
 
@@ -161,13 +163,16 @@ def fit_pilot(
         fit_options: Choose the options of a Normal-reference integrator too; other solvers have
             none to choose.
         refine: Refine the times (and alpha) after the scan.
-        iterations: Of the refinement at most.
+        iterations: Of the refinement at most; None: 8, fewer from 12 steps on, whose error is small
+            and whose solves are long.
 
     Raises:
         ValueError: The solver is stochastic or adaptive, or ``nfe`` does not pay for one step.
     """
     if solver.stochastic:
         raise ValueError(f"{type(solver).__name__} is stochastic: pilots fit deterministic solvers")
+    if iterations is None:
+        iterations = max(2, min(8, MAX_CALLS // (nfe * (MAX_NODES + 2))))
     before, grids = pilot.nfe, dict.fromkeys((solver.default_grid, *GRIDS))
     solver.steps_for(nfe)
     found: list[_Try] = []
