@@ -92,6 +92,16 @@ class PathStep:
         """Variance of ``z_s`` given ``z_t`` for smoothed data from N(0, I); ``b2`` for a VP SDE."""
         return self.total_next * self.b2 / self.total
 
+    @property
+    def normal_slope(self) -> float:
+        """The Normal component of the noise prediction is this times ``z_t``."""
+        return math.sqrt(self.var) / self.total
+
+    def normal_error(self, second_moment: Tensor) -> Tensor:
+        """Its mean squared error for data of this second moment."""
+        offset = self.normal_slope * math.sqrt(self.var) - 1
+        return (self.normal_slope * self.m) ** 2 * second_moment + offset**2
+
     def posterior_mean(self, z_t: Tensor, z0: Tensor) -> Tensor:
         """Mean of ``q(z_s | z_t, z_0)``."""
         return self.a * self.var_next / self.var * z_t + self.m_next * self.b2 / self.var * z0
@@ -139,6 +149,8 @@ class PathPrior:
     eps_fn: EpsFn
     steps: tuple[PathStep, ...]
     variances: Variances
+    trust: tuple[float, ...]
+    """Of each step, how much of the network's correction to the Normal component is used."""
 
     @classmethod
     def of(
@@ -165,11 +177,16 @@ class PathPrior:
         """
         chain = path_steps(sde, steps, grid, sde.t_min if t_end is None else t_end)
         variances = tuple(torch.tensor(step.normal_var, dtype=torch.float64) for step in chain)
-        return cls(sde, eps_fn, chain, variances)
+        return cls(sde, eps_fn, chain, variances, (1.0,) * len(chain))
 
-    def _predict(self, z: Tensor, step: PathStep, dtype: torch.dtype) -> Tensor:
+    def _network(self, z: Tensor, step: PathStep, dtype: torch.dtype) -> Tensor:
         t = torch.full((len(z),), step.t, dtype=dtype, device=z.device)
         return self.eps_fn(z.to(dtype), t).to(z.dtype)
+
+    def _mean(self, z: Tensor, i: int, dtype: torch.dtype) -> Tensor:
+        """Mean of the i-th step from ``z``; one network call."""
+        step, normal = self.steps[i], self.steps[i].normal_slope * z
+        return step.mean(z, normal + self.trust[i] * (self._network(z, step, dtype) - normal))
 
     @torch.no_grad()
     def log_weight(self, z0: Tensor, rng: Rng = None) -> Tensor:
@@ -182,9 +199,8 @@ class PathPrior:
         noise = randn(z0.shape, rng, device=z0.device).double()
         z = first.m * z_data + math.sqrt(first.var) * noise
         log_w = _log_ratio(z.square() / self.sde.prior_var, noise, self.sde.prior_var / first.var)
-        for step, variance in zip(self.steps, self.variances, strict=True):
-            variance = variance.to(z)
-            mean = step.mean(z, self._predict(z, step, z0.dtype))
+        for i, step in enumerate(self.steps):
+            mean, variance = self._mean(z, i, z0.dtype), self.variances[i].to(z)
             if step.last:
                 error = (z_data - mean).square() / variance
                 return log_w - 0.5 * sum_except_batch(error + (2 * math.pi * variance).log())
@@ -205,43 +221,47 @@ class PathPrior:
     ) -> Tensor:
         """Data from the chain, ``shape`` with the batch first: ancestral sampling."""
         z = self.sde.prior_sample(shape, rng, device=device, dtype=dtype).double()
-        for step, variance in zip(self.steps, self.variances, strict=True):
+        for i, variance in enumerate(self.variances):
             noise = randn(shape, rng, device=device, dtype=dtype).double()
-            mean = step.mean(z, self._predict(z, step, dtype))
-            z = mean + variance.to(z).sqrt() * noise
+            z = self._mean(z, i, dtype) + variance.to(z).sqrt() * noise
         return z.to(dtype)
 
     @torch.no_grad()
     def calibrated(self, z0: Tensor, rng: Rng = None, *, chunk: int = 64) -> PathPrior:
-        """The same chain with the variances that suit latents like ``z0 (B, *shape)`` best, one a
-        channel (the first axis after the batch), at the cost of one path of each.
+        """The same chain, fitted to latents like ``z0 (B, *shape)``; costs one path of each.
 
-        Any variances give a valid bound as long as they do not depend on what is evaluated: take
+        Fitted are the variances, one a step and channel (the first axis after the batch), and each
+        step's trust in the network by least squares: close to ``t = 1`` a step multiplies the
+        network's error by ``1 / a``, and what it learned there may be worth less than that.
+
+        Any values give a valid bound as long as they do not depend on what is evaluated: take
         ``z0`` from :meth:`sample`, or encodings of training images. The error of the Normal
         component, whose expectation is known, is a control variate: for a prior close to N(0, I)
         the variances are nearly noise-free.
         """
-        variances = []
+        variances, trust = [], []
         second_moment = _channel_mean(z0.double().square())
         for step in self.steps:
-            sigma, normal = math.sqrt(step.var), math.sqrt(step.var) / step.total
-            errors, controls = [], []
+            normal, residuals, corrections, known = step.normal_slope, [], [], []
             for z in z0.split(chunk):
                 eps = randn(z.shape, rng, device=z.device).double()
-                z_t = step.m * z.double() + sigma * eps
-                expected = (normal * step.m * z.double()).square() + (normal * sigma - 1) ** 2
-                errors.append((self._predict(z_t, step, z.dtype) - eps).square() - expected)
-                controls.append((normal * z_t - eps).square() - expected)
-            excess, control = torch.cat(errors), torch.cat(controls)
-            # The coefficient of least variance; 1 where the network is the Normal component.
+                z_t = step.m * z.double() + math.sqrt(step.var) * eps
+                residuals.append(eps - normal * z_t)
+                corrections.append(self._network(z_t, step, z.dtype) - normal * z_t)
+                known.append(step.normal_error(z.double().square()))
+            residual, correction = torch.cat(residuals), torch.cat(corrections)
+            size = correction.square().sum()
+            fit = ((residual * correction).sum() / size).clamp(0, 1).item() if size > 0 else 1.0
+            # The coefficient of least variance; the error is known where there is no correction.
+            control = residual.square() - torch.cat(known)
+            excess = (residual - fit * correction).square() - torch.cat(known)
             centred = control - _channel_mean(control)
-            gain = _channel_mean(excess * centred) / _channel_mean(centred.square())
-            known = (normal * step.m) ** 2 * second_moment + (normal * sigma - 1) ** 2
-            error = known + _channel_mean(excess - gain * control)
-            variances.append(
-                step.optimal_var(error.clamp(min=LEAST_ERROR * step.m**2 / step.total))
-            )
-        return replace(self, variances=tuple(variances))
+            slope = _channel_mean(excess * centred) / _channel_mean(centred.square())
+            error = step.normal_error(second_moment) + _channel_mean(excess - slope * control)
+            least = LEAST_ERROR * step.m**2 / step.total
+            variances.append(step.optimal_var(error.clamp(min=least)))
+            trust.append(fit)
+        return replace(self, variances=tuple(variances), trust=tuple(trust))
 
 
 def _log_ratio(error: Tensor, noise: Tensor, var_ratio: Tensor | float) -> Tensor:

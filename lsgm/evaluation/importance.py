@@ -78,8 +78,8 @@ def path_prior(
         model: Its network is called ``steps`` times a path.
         steps: ``N``.
         grid: Time grid by name.
-        calibration: Latents drawn from the chain to fit its variances, one a step and channel; no
-            data are used. 0: the variances that are exact for N(0, I).
+        calibration: Latents drawn from the model (by at least 20 ancestral steps, even in log-SNR)
+            to fit the chain to; no data are used. 0: the chain that is exact for N(0, I).
         rng: Source of those latents and of their noise.
         chunk: Latents at a time.
 
@@ -94,7 +94,8 @@ def path_prior(
         return prior
     shape = model.vae.top_shape
     sizes = [min(chunk, calibration - i) for i in range(0, calibration, chunk)]
-    drawn = [prior.sample((size, *shape), rng, device=model.device) for size in sizes]
+    source = PathPrior.of(model.sde, model.score, max(steps, STEPS), grid="log_snr")
+    drawn = [source.sample((size, *shape), rng, device=model.device) for size in sizes]
     return prior.calibrated(torch.cat(drawn), rng, chunk=chunk)
 
 
