@@ -198,12 +198,17 @@ def test_steps_that_are_compared_share_vae_prior_and_batch() -> None:
 
 def test_joint_command_reports_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joint, "in_fresh_process", lambda job, *arguments: job(*arguments))
-    cost = measure_joint(VAE_CONFIG, LSGM_CONFIG, repeats=2)
+    lines: list[str] = []
+    cost = measure_joint(VAE_CONFIG, LSGM_CONFIG, repeats=2, progress=lines.append)
     assert len(cost.rounds) == len(cost.cpu_rounds) == 2
     assert all(0 < seconds for row in (*cost.rounds, *cost.cpu_rounds) for seconds in row)
     assert cost.parameters[joint.JOINT] == cost.parameters[joint.VAE] + cost.parameters[joint.PRIOR]
-    lines = "\n".join(cost.lines())
-    assert "joint / (VAE + prior)" in lines and "CPU time" in lines
+    assert [line.split(":")[0] for line in lines] == ["by the clock", "CPU time"]
+    median = joint_ratios(cost.rounds)
+    assert f"{min(median):.3f} to {max(median):.3f} in a round" in lines[0]
+    assert [line.split()[0] for line in cost.lines()[1:]] == [name.split()[0] for name in NAMES] + [
+        "memory:"
+    ]
     frozen = replace(LSGM_CONFIG, prior=replace(LSGM_CONFIG.prior, training="frozen"))
     with pytest.raises(UserError, match="prior.training: frozen has no joint step"):
         measure_joint(VAE_CONFIG, frozen)

@@ -44,7 +44,7 @@ __all__ = ["JointCost", "PriorStage", "joint_command", "measure_joint", "phases"
 
 VAE, PRIOR, FROZEN, JOINT = "VAE", "prior", "frozen VAE", "joint"
 NAMES = (VAE, PRIOR, JOINT, FROZEN)
-WARMUP_ROUNDS = 2
+WARMUP_ROUNDS = 1
 
 
 class PriorStage(Stage):
@@ -198,7 +198,6 @@ class JointCost:
     ``memory``: peak of each step beyond the weights, MiB; ``parameters``: trained by each.
     """
 
-    device: str
     batch_size: int
     rounds: tuple[tuple[float, ...], ...]
     cpu_rounds: tuple[tuple[float, ...], ...]
@@ -221,13 +220,9 @@ class JointCost:
         ]
         apart = self.memory[VAE] + self.memory[PRIOR]
         lines = [StepCost.header(), *(cost.row() for cost in costs)]
-        lines.append(_comparison("by the clock", self.rounds))
-        if self.device == "cpu":
-            lines.append(_comparison("CPU time", self.cpu_rounds))
-        lines.append(
-            f"memory: joint {self.memory[JOINT]:.0f} MiB, VAE + prior {apart:.0f} MiB, "
-            f"ratio {self.memory[JOINT] / apart:.3f}"
-        )
+        lines.append(f"memory: joint {self.memory[JOINT]:.0f} MiB, VAE + prior {apart:.0f} MiB")
+        if apart > 0:
+            lines[-1] += f", ratio {self.memory[JOINT] / apart:.3f}"
         return lines
 
 
@@ -252,11 +247,18 @@ def joint_ratios(rounds: Sequence[Sequence[float]]) -> list[float]:
     return [row[joint] / (row[vae] + row[prior]) for row in rounds]
 
 
-def measure_joint(vae: VAETrainConfig, config: LSGMTrainConfig, repeats: int = 7) -> JointCost:
+def measure_joint(
+    vae: VAETrainConfig,
+    config: LSGMTrainConfig,
+    repeats: int = 7,
+    *,
+    progress: Callable[[str], None] = lambda line: None,
+) -> JointCost:
     """Measure all steps at the batch size, precision and device of ``config``'s ``train`` section.
 
     The times come from one process that takes the steps in turns, so that a machine that becomes
-    slower changes all of them; the memory from a process for each.
+    slower changes all of them; the memory from a process for each. ``progress`` gets the first as
+    soon as they are there.
 
     Raises:
         UserError: The prior of ``config`` is trained over a frozen VAE, so it has no joint step.
@@ -267,11 +269,13 @@ def measure_joint(vae: VAETrainConfig, config: LSGMTrainConfig, repeats: int = 7
         )
     times = in_fresh_process(_times_job, vae, config, repeats)
     clock, cpu = (tuple(tuple(pair[i] for pair in row) for row in times) for i in (0, 1))
+    progress(_comparison("by the clock", clock))
+    if choose_device(config.train.device).type == "cpu":
+        progress(_comparison("CPU time", cpu))
     memory, parameters = {}, {}
     for name in NAMES:
         memory[name], parameters[name] = in_fresh_process(_memory_job, vae, config, name)
-    device = str(choose_device(config.train.device))
-    return JointCost(device, config.train.batch_size, clock, cpu, memory, parameters)
+    return JointCost(config.train.batch_size, clock, cpu, memory, parameters)
 
 
 BATCH_OPTION = Option("batch", "images a step; default: the second stage's", "N")
@@ -298,7 +302,14 @@ def joint_command(argv: Sequence[str]) -> None:
         size = positive_number(line.options, BATCH_OPTION)
         config = replace(config, train=replace(config.train, batch_size=size, accumulate=1))
     train = config.train
-    cost = measure_joint(line.config, config, positive_number(line.options, ROUNDS_OPTION))
     threads = train.num_threads or torch.get_num_threads()
-    print(f"device {cost.device}, {train.precision}, {threads} CPU threads")
+    print(
+        f"device {choose_device(train.device)}, {train.precision}, {threads} CPU threads, batch "
+        f"{train.batch_size}",
+        flush=True,
+    )
+    repeats = positive_number(line.options, ROUNDS_OPTION)
+    cost = measure_joint(
+        line.config, config, repeats, progress=lambda text: print(text, flush=True)
+    )
     print("\n".join(cost.lines()))
