@@ -1,0 +1,178 @@
+"""Editing: what is known stays, in the file too; mistakes are named."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import lsgm
+from lsgm.config import DataConfig, PriorConfig, PriorNetworkConfig, VAEConfig
+from lsgm.config_data import SamplerConfig, ScoreModelConfig
+from lsgm.data import build_datasets
+from lsgm.datasgm import build_data_model
+from lsgm.editing import colourise, edit_command, inpaint, make_mask, state_mask
+from lsgm.errors import UserError
+from lsgm.models import LSGM, build_prior, build_vae
+from lsgm.release import save
+from lsgm.solvers import make_grid, make_solver
+from vae.random import RowGenerators
+
+NETWORK = PriorNetworkConfig(num_channels=8, num_scales=1, num_cells_per_scale=1, embedding_dim=8)
+FAST = ["--device", "cpu", "--solver", "ancestral", "--nfe", "4"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Untrained runs of each kind, and a folder of colour images."""
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("runs")
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        label = root / "pictures" / "ab"[i % 2]
+        label.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(label / f"{i}.png")
+    colour = DataConfig("folder", root=str(root / "pictures"), image_size=16)
+    grey = DataConfig("digits")
+    for name, data, classes in (("colour", colour, True), ("grey", grey, False)):
+        config = ScoreModelConfig(ncsnpp=NETWORK, class_conditional=classes)
+        spec = build_datasets(data).spec
+        model = build_data_model("score_sde", config, SamplerConfig(), spec)
+        (root / name).mkdir()
+        save(model, root / name, data)
+    config = VAEConfig(
+        num_channels_enc=8, num_channels_dec=8, channel_mult=(1, 1, 1), num_preprocess_cells=1,
+        num_postprocess_cells=1, num_latent_scales=2, num_latent_per_group=2,
+    )  # fmt: skip
+    spec = build_datasets(grey).spec
+    vae, prior = build_vae(config, spec), PriorConfig(network=NETWORK)
+    (root / "lsgm").mkdir()
+    save(LSGM(vae, build_prior(prior, vae), spec, config, prior), root / "lsgm", grey)
+    return root
+
+
+def tiles(path, columns):
+    """The images (rows, columns, H, W, 3) of a grid with a border of one, everything doubled."""
+    grid = np.asarray(Image.open(path).convert("RGB"))[::2, ::2][1:, 1:]
+    rows = grid.shape[0] // 17
+    return grid.reshape(rows, 17, columns, 17, 3)[:, :16, :, :16].swapaxes(1, 2)
+
+
+def edit(runs, name, run, out, *arguments):
+    edit_command(name, ["--run", str(runs / run), "--out", str(out), *arguments])
+
+
+@pytest.mark.parametrize("run", ["grey", "colour"])
+def test_known_pixels_are_exact_in_the_file(runs, tmp_path, run):
+    out = tmp_path / "x.png"
+    edit(runs, "inpaint", run, out, "--samples", "2", "--index", "0", "2", "--mask", "left", *FAST)
+    found = tiles(out, 4)
+    data = build_datasets(
+        DataConfig("digits")
+        if run == "grey"
+        else DataConfig("folder", root=str(runs / "pictures"), image_size=16)
+    )
+    images = data.test.batch(torch.tensor([0, 2])).expand(-1, 3, -1, -1)
+    exact = (255 * images).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(found[:, 0], exact)
+    for k in (1, 2, 3):
+        assert np.array_equal(found[:, k, :, 8:], exact[:, :, 8:])
+        assert not np.array_equal(found[:, k, :, :8], exact[:, :, :8])
+    assert not np.array_equal(found[:, 2], found[:, 3])
+
+
+def test_colours_keep_the_grey_image(runs, tmp_path):
+    out = tmp_path / "x.png"
+    edit(runs, "colourise", "colour", out, "--samples", "1", *FAST)
+    original, grey, coloured = tiles(out, 3).astype(float).swapaxes(0, 1)
+    assert np.abs(original.mean(-1) - grey[..., 0]).max() <= 0.5 + 1e-6
+    assert not np.array_equal(coloured, original)
+    model = lsgm.load(runs / "colour")
+    x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    solver, times = make_solver("ancestral"), make_grid("time", model.sde, 4, 1e-2)
+    seen = []
+    model.decode_state = lambda state, finer: seen.append(state) or x
+    colourise(model, x, solver, times, RowGenerators.of(0, range(2)))
+    known, _ = model.encode_state(x, mean=True)
+    torch.testing.assert_close(seen[0].mean(1), known.mean(1), atol=1e-4, rtol=1e-4)
+    assert (seen[0] - known).abs().mean() > 0.1
+    with pytest.raises(UserError, match="colour images in data space"):
+        edit(runs, "colourise", "lsgm", out)
+
+
+def test_a_latent_model_keeps_the_latents_of_known_pixels(runs):
+    model = lsgm.load(runs / "lsgm")
+    x = 2.0 * (torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0)) < 0.5) - 1
+    solver, times = make_solver("ancestral"), make_grid("time", model.sde, 4, 1e-2)
+    seen = []
+    model.decode_state = lambda state, finer: seen.append((state, finer)) or x
+    inpaint(model, x, make_mask("left", 16), 0, solver, times, RowGenerators.of(0, range(2)))
+    state, finer = model.encode_state(x, mean=True)
+    for new, old in zip([seen[0][0], *seen[0][1]], [state, *finer], strict=True):
+        half = old.shape[-1] // 2
+        assert torch.equal(new[..., half:], old[..., half:])
+        assert (new[..., :half] != old[..., :half]).all()
+
+
+def test_commands_write_their_grids(runs, tmp_path):
+    flow = ["--device", "cpu", "--solver", "heun", "--nfe", "4"]
+    out = tmp_path / "x.png"
+    edit(runs, "interpolate", "grey", out, "--steps", "3", "--index", "0", "1", "2", *flow)
+    assert tiles(out, 3).shape[0] == 2
+    edit(
+        runs, "interpolate", "lsgm", out, "--steps", "3", "--between", "seeds", "--samples", "1",
+        *flow,
+    )  # fmt: skip
+    assert tiles(out, 3).shape[0] == 1
+    edit(runs, "reconstruct", "lsgm", out, *flow)
+    found = tiles(out, 3).astype(int)
+    assert np.abs(found[:, 1] - found[:, 2]).max() <= 25
+    edit(runs, "resample", "lsgm", out, "--keep", "0", "1", "2", "3", "--samples", "1", *FAST)
+    found = tiles(out, 3)
+    assert np.array_equal(found[:, 1], found[:, 2])
+    edit(
+        runs, "class-conditional", "colour", out, "--labels", "0", "1", "--samples", "2",
+        "--guidance", "2", *FAST,
+    )  # fmt: skip
+    assert tiles(out, 2).shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "run", "arguments", "message"),
+    [
+        ("fly", "lsgm", [], "fly: no such edit; known are inpaint"),
+        ("inpaint", "grey", ["--mask", "hole"], "--mask: hole is neither"),
+        ("inpaint", "grey", ["--index", "100000"], "--index: 100000: the test split"),
+        ("inpaint", "grey", ["--files", "no.png"], "--files: no.png: no such file"),
+        ("resample", "grey", [], "no latent groups"),
+        ("resample", "lsgm", ["--keep", "4", *FAST], "--keep: no latent group 4"),
+        ("class-conditional", "lsgm", [], "knows no classes"),
+        ("class-conditional", "grey", FAST, "without classes"),
+        ("class-conditional", "colour", ["--labels", "2", *FAST], "classes 0 to 1"),
+        ("interpolate", "grey", ["--solver", "ancestral"], "--solver: ancestral draws noise"),
+        ("interpolate", "grey", ["--steps", "1"], "steps: must be at least 2"),
+        ("reconstruct", "grey", ["--keep", "1"], "--keep"),
+    ],
+)
+def test_mistakes(runs, tmp_path, name, run, arguments, message):
+    with pytest.raises(UserError, match=message):
+        edit(runs, name, run, tmp_path / "x.png", "--device", "cpu", *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_masks(tmp_path):
+    assert (~make_mask("centre", 16)).sum() == 64
+    for name in ("left", "right", "top", "bottom"):
+        assert make_mask(name, 16).sum() == 128
+    assert abs(make_mask("random", 64, 1).double().mean() - 0.5) < 4 * 0.5 / 64
+    Image.fromarray(np.tile(np.uint8([[0, 255]]), (2, 1))).save(tmp_path / "m.png")
+    assert torch.equal(make_mask(str(tmp_path / "m.png"), 2), torch.tensor([[False, True]] * 2))
+    known = torch.ones(6, 6, dtype=torch.bool)
+    known[0, 3] = False
+    assert torch.equal(state_mask(known, 1, 6), known)
+    small = state_mask(known, 1, 4)  # blocks of 2 in an image padded to 8
+    assert (~small).nonzero().tolist() == [[0, 2]]
+    assert math.prod(small.shape) == 16
