@@ -10,10 +10,14 @@ import torch
 from oracles import MixtureOracle
 
 from lsgm.benchmark.few_step import FewStepOptions, measure
-from lsgm.benchmark.few_step_cases import RingMixture, energy_distance, mixture_case
+from lsgm.benchmark.few_step_cases import RingMixture, energy_distance, mixture_case, run_case
 from lsgm.benchmark.few_step_report import comparison, write_report
+from lsgm.benchmark.few_step_runner import Bench
 from lsgm.benchmark.reference_samplers import METHODS, ReferenceSampler, reference_samplers
+from lsgm.config import DataConfig, PriorConfig, PriorNetworkConfig, VAEConfig
+from lsgm.data import build_datasets
 from lsgm.errors import UserError
+from lsgm.models import LSGM, VAEModel, build_prior, build_vae, save
 from lsgm.sde import VPSDE, GeometricVPSDE
 from lsgm.solvers import make_grid, make_solver
 
@@ -120,6 +124,47 @@ class TestAdapters:
             ReferenceSampler("ddim").solve(
                 SDES[0], RingMixture(SDES[0]).eps, noise(4), 2, T_END, torch.tensor([1.0, 0.5, 0.1])
             )
+
+    def test_a_run_is_measured_in_latents_and_pixels(self, tmp_path):
+        """Untrained; the pixel distance is that of the images the decoder makes of the states."""
+        torch.manual_seed(0)
+        config = VAEConfig(
+            num_channels_enc=8, num_channels_dec=8, channel_mult=(1, 1, 1),
+            num_preprocess_cells=1, num_postprocess_cells=1, num_latent_scales=2,
+            num_latent_per_group=2,
+        )  # fmt: skip
+        network = PriorNetworkConfig(
+            num_channels=8, num_scales=1, num_cells_per_scale=1, embedding_dim=8
+        )
+        prior, data = PriorConfig(network=network, mixing_init=0.0), DataConfig("digits")
+        spec = build_datasets(data).spec
+        vae = build_vae(config, spec)
+        save(LSGM(vae, build_prior(prior, vae), spec, config, prior), tmp_path, data)
+        case = run_case(tmp_path, 3, 2, 0.01, "none", torch.device("cpu"))
+        assert not torch.equal(case.start[:2], case.pilots)
+        bench = Bench(case, 1e-6)
+        exact = bench.reference(0.01)
+        assert bench.rms(exact, 0.01) == bench.pixel_rms(exact) == 0
+        moved = exact + 0.1
+        distance = 0.1 * math.sqrt(math.prod(case.start.shape[1:]))
+        assert bench.rms(moved, 0.01) == pytest.approx(distance, rel=1e-9)
+        images = [case.pixels(x).double() for x in (moved, exact)]
+        expected = (images[0] - images[1]).square().mean().sqrt().item()
+        assert bench.pixel_rms(moved) == pytest.approx(expected, rel=1e-6)
+        assert bench.pixel_rms(moved) > 0
+        train = build_datasets(data).train
+        train = train.batch(torch.arange(len(train)))
+        near = (
+            torch.cdist(images[1].flatten(1), train.double().flatten(1)).min(1).values.mean().item()
+        )
+        assert bench.quality(exact)["nearest training image"] == pytest.approx(near, rel=1e-6)
+        x, calls = bench.ours(make_solver("normal_reference_pc"), torch.tensor([1.0, 0.3, 0.01]))
+        assert calls == 2
+        assert 0 < bench.rms(x, 0.01) < 1
+        plain = build_vae(config, spec)
+        save(VAEModel(plain, spec, config), tmp_path / "vae", data)
+        with pytest.raises(UserError, match="no score-based prior"):
+            run_case(tmp_path / "vae", 2, 2, 0.01, "none", torch.device("cpu"))
 
     def test_ours_is_nearer_than_the_best_of_theirs(self, tmp_path):
         """The claim at five evaluations, on fewer points; and the files of the report."""

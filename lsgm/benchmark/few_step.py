@@ -55,8 +55,8 @@ class FewStepOptions:
     tolerance: float = 1e-8
     """Of the reference solution; for a float32 network not below 1e-6 makes sense."""
     thorough: bool | None = None
-    """Every option of diffusers' schedulers, not only the usual ones on every grid. None: without
-    --run."""
+    """Every option of diffusers' schedulers, not only the usual ones on every grid, and pilot grids
+    for every solver of ours, not only for those of their methods. None: without --run."""
     extractor: str = "classifier"
     """Features of the quality figure with --run (lsgm.evaluation.features), or none."""
     data_root: str | None = None
@@ -109,7 +109,9 @@ def _fixed_step_solvers(stochastic: bool) -> Iterator[tuple[str, Solver]]:
         yield name, solver
 
 
-def _own(bench: Bench, pilots: PilotFits, nfe: int) -> list[tuple[Measurement, Tensor]]:
+def _own(
+    bench: Bench, pilots: PilotFits, nfe: int, thorough: bool
+) -> list[tuple[Measurement, Tensor]]:
     """Every deterministic fixed-step solver of ours on every grid, fitted ones among them."""
     found = []
     for name, solver in _fixed_step_solvers(stochastic=False):
@@ -121,8 +123,9 @@ def _own(bench: Bench, pilots: PilotFits, nfe: int) -> list[tuple[Measurement, T
             grid: (solver, make_grid(grid, bench.case.sde, steps, bench.case.t_end), 0)
             for grid in GRIDS
         }
-        fit = pilots.fit(name, solver, nfe)
-        grids[PILOT] = (solver, fit.times, fit.nfe + pilots.reference_nfe)
+        if thorough or name == DEFAULT or name in METHODS:
+            fit = pilots.fit(name, solver, nfe)
+            grids[PILOT] = (solver, fit.times, fit.nfe + pilots.reference_nfe)
         if name == DEFAULT:
             full = pilots.fit(name, solver, nfe, options=True)
             cost = full.nfe + pilots.reference_nfe
@@ -194,7 +197,7 @@ def measure(
     ablation: list[Measurement] = []
     settings = {}
     for nfe in options.nfe:
-        rows += _finish(bench, _own(bench, pilots, nfe))
+        rows += _finish(bench, _own(bench, pilots, nfe, thorough))
         for method in METHODS:
             rows += _finish(bench, _theirs(bench, method, nfe, thorough))
         rows += _stochastic(bench, nfe)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lsgm.data import build_datasets
+from lsgm.data.spec import ImageDataset
 from lsgm.errors import UserError
 from lsgm.evaluation.features import (
     FeatureExtractor,
@@ -18,7 +19,8 @@ from lsgm.evaluation.features import (
     make_extractor,
     nearest_neighbours,
 )
-from lsgm.models import LSGM, load, load_data_config
+from lsgm.models import load, load_data_config
+from lsgm.protocols import has_diffusion
 from lsgm.sde import VPSDE, LinearSDE
 from lsgm.solvers.base import EpsFn
 from lsgm.tensors import expand_like
@@ -153,18 +155,16 @@ def run_case(
     device: torch.device,
     data_root: str | None = None,
 ) -> Case:
-    """The prior of the LSGM in ``folder``.
+    """The prior of the LSGM (or the images of the data-space model) in ``folder``.
 
     Raises:
-        UserError: The run is no LSGM, its data are missing, or there is no such extractor.
+        UserError: The run has no score, its data are missing, or there is no such extractor.
     """
     model = load(folder, device)
-    if not isinstance(model, LSGM):
-        raise UserError(f"{folder}: not an LSGM: few-step samplers need its score-based prior")
-    zero = torch.zeros((), device=device)
-    shape = tuple(model.vae.top_shape)
-    rng = torch.Generator().manual_seed(FINER_SEED)
-    finer = model.sample_finer(samples, rng)
+    if not has_diffusion(model):
+        raise UserError(f"{folder}: has no score-based prior, which few-step samplers need")
+    zero = torch.zeros((), device=model.device)
+    finer = model.sample_finer(samples, torch.Generator().manual_seed(FINER_SEED))
 
     @torch.no_grad()
     def pixels(state: Tensor) -> Tensor:
@@ -176,21 +176,25 @@ def run_case(
         return torch.cat(parts).cpu()
 
     datasets = build_datasets(load_data_config(folder, root=data_root))
-    network = None if extractor == "none" else make_extractor(extractor, datasets, device=device)
+    network = None
+    if extractor != "none":
+        network = make_extractor(extractor, datasets, device=device)
+    padding = datasets.spec.padding
 
-    def images(split: str) -> Tensor:
-        dataset = getattr(datasets, split)
-        index = torch.arange(min(QUALITY_IMAGES, len(dataset)))
-        return model.to_images(2 * dataset.batch(index) - 1)
+    def images(dataset: ImageDataset) -> Tensor:
+        found = dataset.batch(torch.arange(min(QUALITY_IMAGES, len(dataset))))
+        return found[..., padding : found.shape[-2] - padding, padding : found.shape[-1] - padding]
 
+    shape = tuple(model.state_shape)
+    mixing = getattr(model.score, "mixing", None)
     return Case(
-        f"prior of {folder.name}, latents {'x'.join(map(str, shape))}",
+        f"{folder.name}, states of {'x'.join(map(str, shape))}",
         model.sde,
         model.score,
         _noise(model.sde, (samples, *shape), START_SEED, zero),
         _noise(model.sde, (pilots, *shape), PILOT_SEED, zero),
         t_end,
-        model.score.mixing.detach().cpu(),
-        _ImageQuality(pixels, network, images("test"), images("train")),
+        None if mixing is None else mixing.detach().cpu(),
+        _ImageQuality(pixels, network, images(datasets.test), images(datasets.train)),
         pixels,
     )
