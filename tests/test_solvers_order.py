@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from oracles import GaussianOracle, MixtureOracle
 
 from lsgm.sde import VESDE, VPSDE, GeometricVPSDE, SubVPSDE
+from lsgm.solvers import SOLVERS as REGISTRY
 from lsgm.solvers import DPMSolverPP, make_grid, make_solver
 
 T_END = 0.05
@@ -29,15 +31,18 @@ SOLVERS = [
     ("ddim", {}),
     ("edm_churn", {"churn": 0.0}),
     ("dpmpp_2m", {}),
+    ("dpmpp_2m", {"order": 1}),
     ("dpmpp_3m", {}),
     ("unipc", {"order": 2}),
     ("unipc", {"order": 3}),
     ("unipc", {"order": 3, "variant": "bh1"}),
     ("unipc", {"order": 4}),
+    ("normal_reference_pc", {"lower_order_final": False}),
     *(("deis", {"order": order}) for order in (1, 2, 3, 4)),
     *(("normal_reference", {"order": order, "alpha": 0.02}) for order in (1, 2, 3, 4)),
     *(("normal_reference", {"order": n, "alpha": 0.02, "corrector": True}) for n in (2, 3, 4)),
 ]
+ADAPTIVE = ("dopri5", "rk45")
 IDS = [f"{name}-{'-'.join(str(v) for v in options.values())}" for name, options in SOLVERS]
 
 
@@ -74,6 +79,23 @@ def measured_order(solver, name, problem) -> float:
     return -np.polyfit(np.log(counts), np.log(errors), 1)[0]
 
 
+def test_no_deterministic_solver_is_forgotten():
+    """Every name in the registry, and every order that its solver takes."""
+    plain = {n for n in REGISTRY if not make_solver(n).stochastic and n not in ADAPTIVE}
+    assert plain <= {name for name, _ in SOLVERS}
+    assert all(make_solver(name).evaluations(1) is None for name in ADAPTIVE)
+    tested = {(type(s), s.order) for s in (make_solver(n, **options) for n, options in SOLVERS)}
+    for name in plain:
+        if "order" not in inspect.signature(REGISTRY[name]).parameters:
+            continue
+        for order in range(1, 7):
+            try:
+                solver = make_solver(name, order=order)
+            except ValueError:
+                continue
+            assert (type(solver), order) in tested, (name, order)
+
+
 @pytest.mark.parametrize("name", ["vp", "ve"])
 @pytest.mark.parametrize(("solver", "options"), SOLVERS, ids=IDS)
 def test_order_on_a_mixture(solver, options, name):
@@ -91,6 +113,15 @@ def test_order_on_a_gaussian(solver, options, name):
     irregular = isinstance(solver, DPMSolverPP) and solver.order == 3
     assert order > solver.order - (0.4 if irregular else 0.2)
     assert order < solver.order + (0.8 if irregular else 0.2)
+
+
+def test_a_first_order_last_step_leaves_order_two():
+    """With ``lower_order_final``, as in normal_reference_pc, the last step is of first order, whose
+    error falls with the square of the step: the order at the end is 2, not that of the method.
+    """
+    solver = make_solver("normal_reference_pc")
+    assert solver.lower_order_final
+    assert abs(measured_order(solver, "vp", mixture_problem("vp")) - 2) < 0.2
 
 
 @pytest.mark.parametrize("backend", ["dopri5", "rk45"])

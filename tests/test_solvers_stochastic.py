@@ -15,7 +15,7 @@ import torch
 from oracles import GaussianOracle, MixtureOracle
 
 from lsgm.sde import VESDE, VPSDE, GeometricVPSDE
-from lsgm.solvers import base, make_grid, make_solver
+from lsgm.solvers import SOLVERS, base, make_grid, make_solver
 from lsgm.solvers.base import Schedule
 from vae.random import ShardedGenerator
 
@@ -117,17 +117,27 @@ def test_corrector_repairs_a_coarse_predictor(monkeypatch, predictor):
     assert errors[1] < 0.7 * errors[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "steps", "t_end"),
-    [
-        ("sde_dpmpp_2m", {}, 60, T_END),
-        ("edm_churn", {"churn": 20.0}, 60, T_END),
-        ("ancestral", {}, 400, T_END),
-        ("euler_maruyama", {}, 400, T_END),
-        ("predictor_corrector", {"norm": "expected", "snr": 0.05}, 300, T_END),
-        ("langevin", {"steps_per_level": 60, "step_ratio": 0.1}, 20, 0.25),
-    ],
-)
+SAMPLED = [
+    ("sde_dpmpp_2m", {}, 60, T_END),
+    ("edm_churn", {"churn": 20.0}, 60, T_END),
+    ("ancestral", {}, 400, T_END),
+    ("ddim", {"eta": 0.7}, 400, T_END),
+    ("euler_maruyama", {}, 400, T_END),
+    ("reverse_diffusion", {}, 400, T_END),
+    ("predictor_corrector", {"norm": "expected", "snr": 0.05}, 300, T_END),
+    ("langevin", {"steps_per_level": 60, "step_ratio": 0.1}, 20, 0.25),
+]
+
+
+def test_no_stochastic_solver_is_forgotten():
+    """Those that draw noise as they come, and those of declared weak order."""
+    stochastic = {name for name in SOLVERS if make_solver(name).stochastic}
+    assert stochastic <= {name for name, *_ in SAMPLED}
+    assert {name for name in stochastic if make_solver(name).order > 0} <= {n for n, _ in WEAK}
+    assert all(make_solver(name, **options).stochastic for name, options, *_ in SAMPLED)
+
+
+@pytest.mark.parametrize(("name", "options", "steps", "t_end"), SAMPLED)
 def test_samples_of_a_mixture_have_its_moments(name, options, steps, t_end):
     """Mean, covariance, mean fourth power and mean log-density of samples, within the error of
     sampling plus a small bias.
