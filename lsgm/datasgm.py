@@ -248,8 +248,8 @@ class DataSGM(nn.Module):
         Raises:
             UserError: The run's sampler section does not fit.
         """
-        chosen = self.defaults
         try:
+            chosen = self.defaults
             solver = make_solver(chosen.solver, **chosen.options)
             if solver.evaluations(1) is None:
                 return solver, torch.tensor([1.0, chosen.t_end], dtype=torch.float64)
