@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -259,7 +260,8 @@ def jackknife_groups(num: int, groups: int = 10, seed: int = 0) -> tuple[Tensor,
     """Random parts of 0..num-1, of equal size up to one; the same for the same arguments."""
     if num < 2:
         raise ValueError("a standard error needs two images at least")
-    order = torch.randperm(num, generator=torch.Generator().manual_seed(seed))
+    # Not torch's generator: samples drawn from one of the same seed would decide their own groups.
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(num))
     return order.tensor_split(min(groups, num))
 
 
