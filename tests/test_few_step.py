@@ -136,7 +136,7 @@ class TestAdapters:
         network = PriorNetworkConfig(
             num_channels=8, num_scales=1, num_cells_per_scale=1, embedding_dim=8
         )
-        prior, data = PriorConfig(network=network, mixing_init=0.0), DataConfig("digits")
+        prior, data = PriorConfig(network=network), DataConfig("digits")
         spec = build_datasets(data).spec
         vae = build_vae(config, spec)
         save(LSGM(vae, build_prior(prior, vae), spec, config, prior), tmp_path, data)
@@ -154,9 +154,8 @@ class TestAdapters:
         assert bench.pixel_rms(moved) > 0
         train = build_datasets(data).train
         train = train.batch(torch.arange(len(train)))
-        near = (
-            torch.cdist(images[1].flatten(1), train.double().flatten(1)).min(1).values.mean().item()
-        )
+        pairs = torch.cdist(images[1].flatten(1), train.double().flatten(1))
+        near = pairs.min(1).values.mean().item()
         assert bench.quality(exact)["nearest training image"] == pytest.approx(near, rel=1e-6)
         x, calls = bench.ours(make_solver("normal_reference_pc"), torch.tensor([1.0, 0.3, 0.01]))
         assert calls == 2
