@@ -25,6 +25,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lsgm.config import RETIRED_KEYS, LSGMTrainConfig, VAETrainConfig
+from lsgm.config_data import NCSNTrainConfig
 from lsgm.configkeys import describe, misfit, schema_keys, section_class, suggestion
 from lsgm.errors import UserError
 from lsgm.files import atomic_write_text
@@ -101,14 +102,16 @@ def load_config(
     return _apply(config, overrides) if overrides else config
 
 
-def load_run_config(run: str | Path) -> VAETrainConfig | LSGMTrainConfig:
-    """Return the configuration of a run folder, of either kind.
+def load_run_config(run: str | Path) -> VAETrainConfig | LSGMTrainConfig | NCSNTrainConfig:
+    """Return the configuration of a run folder, of any kind.
 
     Raises:
         UserError: If the folder has no readable config.yaml.
     """
     path = Path(run) / CONFIG_FILE
     keys = _read_mapping(path)
+    if "score" in keys:
+        return _build(NCSNTrainConfig, keys, path)
     if "prior" in keys:
         return _build(LSGMTrainConfig, keys, path)
     return _build(VAETrainConfig, keys, path)
@@ -121,7 +124,9 @@ def save_config(config: Any, path: str | Path) -> None:
     atomic_write_text(Path(path), OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
-def run_folder(config: VAETrainConfig | LSGMTrainConfig, out: str | Path | None = None) -> Path:
+def run_folder(
+    config: VAETrainConfig | LSGMTrainConfig | NCSNTrainConfig, out: str | Path | None = None
+) -> Path:
     """Return the folder a run is written to: `out`, or runs/NAME."""
     return Path(out) if out is not None else Path("runs") / config.name
 

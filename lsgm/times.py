@@ -9,7 +9,8 @@ LSGM's prior is close to that case (arXiv 2106.05931 section 3.3 and appendix B)
 Three names: ``"uniform"``; ``"importance"``, the paper's choice with its closed-form inverse where
 there is one and the density above, inverted numerically, elsewhere; ``"optimal"``, always the
 density above. They differ for the sub-VP SDE alone, to which the paper's code gives the times of
-the VP SDE.
+the VP SDE. Networks that predict the noise without a Normal component are better served by ``w(t)``
+alone (:func:`weighted_times`).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ __all__ = [
     "make_proposal",
     "normal_data_density",
     "optimal_times",
+    "weighted_times",
 ]
 
 
@@ -315,6 +317,18 @@ def importance_times(sde: LinearSDE, weighting: Weighting) -> TimeProposal:
     make_clock = CLOCKS.get((type(sde), weighting.name))
     clock = make_clock(sde) if make_clock is not None else None
     return optimal_times(sde, weighting) if clock is None else ClockTimes(clock, sde.t_min)
+
+
+def weighted_times(sde: LinearSDE, weighting: Weighting) -> TimeProposal:
+    """Density proportional to the weight: the squared error of every time counts alike.
+
+    The choice for networks that are not close to the Normal score where ``var`` is close to one
+    (arXiv 2101.09258 section 5.1, with the likelihood's weighting).
+
+    Raises:
+        ValueError: the weight is infinite at ``t_min``.
+    """
+    return TabulatedTimes(lambda t: weighting(sde, t), sde.t_min)
 
 
 PROPOSALS: dict[str, Callable[[LinearSDE, Weighting], TimeProposal]] = {

@@ -84,7 +84,8 @@ def test_ncsn_loss_is_the_mean_over_the_levels(estimator):
 
 @pytest.mark.parametrize("kind", ["vpsde", "subvpsde", "vesde"])
 @pytest.mark.parametrize(
-    ("weighting", "proposal"), [("unweighted", "uniform"), ("likelihood", "importance")]
+    ("weighting", "proposal"),
+    [("unweighted", "uniform"), ("likelihood", "importance"), ("likelihood", "weighted")],
 )
 def test_score_sde_loss_is_the_integral_over_time(kind, weighting, proposal):
     sde = SDEConfig(kind=kind, sigma2_min=1e-3, sigma2_max=100.0, time_eps=1e-2)

@@ -16,7 +16,7 @@ from lsgm.errors import UserError
 from lsgm.noise_ladder import LadderTimes
 from lsgm.score import EpsFn
 from lsgm.score_matching import ScoreLoss, score_loss
-from lsgm.times import TimeProposal, make_proposal
+from lsgm.times import TimeProposal, make_proposal, weighted_times
 from lsgm.training.state import Stage, StepContext, StepOutput
 from lsgm.weighting import make_weighting
 from vae.random import Rng, rand
@@ -43,11 +43,13 @@ class ScoreStage(Stage):
             self.weighting = make_weighting(
                 "unweighted" if model.ladder is not None else objective.weighting
             )
-            self.proposal: TimeProposal = (
-                make_proposal(objective.proposal, model.sde, self.weighting)
-                if model.ladder is None
-                else LadderTimes(model.ladder)
-            )
+            self.proposal: TimeProposal
+            if model.ladder is not None:
+                self.proposal = LadderTimes(model.ladder)
+            elif objective.proposal == "weighted":
+                self.proposal = weighted_times(model.sde, self.weighting)
+            else:
+                self.proposal = make_proposal(objective.proposal, model.sde, self.weighting)
         except ValueError as error:
             raise UserError(f"objective: {error}") from error
 
