@@ -161,6 +161,7 @@ class TestAdapters:
         assert calls == 2
         assert 0 < bench.rms(x, 0.01) < 1
         plain = build_vae(config, spec)
+        (tmp_path / "vae").mkdir()
         save(VAEModel(plain, spec, config), tmp_path / "vae", data)
         with pytest.raises(UserError, match="no score-based prior"):
             run_case(tmp_path / "vae", 2, 2, 0.01, "none", torch.device("cpu"))
