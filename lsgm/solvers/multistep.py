@@ -38,8 +38,9 @@ class MultistepSolver(StepSolver):
 
     Arguments:
         order: Of the method; with a corrector the predictor is one lower.
-        lower_order_final: Lower the order in the last steps (arXiv 2211.01095 appendix): steadier
-            for very few steps.
+        lower_order_final: Lower the order in the last steps (arXiv 2211.01095 appendix) of solves
+            with fewer than ``8 order`` steps: steadier there. The last step is then of first order,
+            which would cost longer solves theirs.
     """
 
     order: int = 2
@@ -73,7 +74,8 @@ class MultistepSolver(StepSolver):
         if i == 0 or not self._is_corrected(i - 1, total):
             history.append(self._evaluate(problem, x, i))
         memory = self.order - 1 if self.corrects else self.order
-        del history[: -min(memory, remaining) if self.lower_order_final else -memory]
+        lower = self.lower_order_final and total < 8 * self.order
+        del history[: -min(memory, remaining) if lower else -memory]
         first = i + 1 - len(history)
         predicted = self._advance(problem, i, x, first, history)
         if remaining == 1 or not self._is_corrected(i, total):
