@@ -4,6 +4,7 @@ reconstruction and resampling of latent groups. ``COMMANDS`` are those of ``scri
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -296,22 +297,41 @@ def _colourise(options: EditOptions) -> None:
     _write_samples([shown, grey], x, draw, options)
 
 
+def _classifier(path: str | None, option: str, model: Any) -> Any:
+    """The classifier of a run, or None without one."""
+    if path is None:
+        return None
+    classifier = load(path, model.device)
+    if not hasattr(classifier, "guide"):
+        raise UserError(f"--{option}: {path} is not a classifier")
+    return classifier
+
+
 def _class_conditional(options: ClassOptions) -> None:
     model = _open(options)
     if not hasattr(model, "eps_fn"):
         raise UserError("--run: an LSGM knows no classes; give a score model in data space")
-    classifier = load(options.classifier, model.device) if options.classifier else None
-    if classifier is not None and not hasattr(classifier, "guide"):
-        raise UserError(f"--classifier: {options.classifier} is not a classifier")
+    classifier = _classifier(options.classifier, "classifier", model)
+    judge = _classifier(options.judge, "judge", model)
     solver, times = choose_solver(model, options)
     labels = torch.tensor(options.labels, device=model.device)
+    right = []
 
     def draw(part: Tensor, rng: RowGenerators) -> Tensor:
-        return class_conditional(
+        images = class_conditional(
             model, part, options.guidance, solver, times, rng, options.temperature, classifier
         )
+        if judge is not None:
+            with torch.no_grad():
+                right.append(judge(images.to(judge.device)).argmax(1) == part)
+        return images
 
     _write_samples([], labels, draw, options)
+    if judge is not None:
+        share = torch.cat(right).double().mean().item()
+        count = len(labels) * options.samples
+        error = math.sqrt(share * (1 - share) / count)
+        print(f"taken for their class: {share:.1%} +- {error:.1%} of {count} ({options.judge})")
 
 
 def _interpolate(options: InterpolateOptions) -> None:

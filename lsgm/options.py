@@ -232,6 +232,9 @@ class ClassOptions(EditOptions):
     """Strength of the guidance: 1 is the conditional law, 0 no class; larger values sharpen it."""
     classifier: str | None = None
     """Run of a noise-conditional classifier that guides a model without classes."""
+    judge: str | None = None
+    """Run of another classifier, of clean images: print how many results it takes for their class.
+    """
 
 
 @dataclass(frozen=True)

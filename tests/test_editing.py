@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 import lsgm
+from lsgm.classifier import build_classifier
 from lsgm.config import DataConfig, PriorConfig, PriorNetworkConfig, VAEConfig
-from lsgm.config_data import SamplerConfig, ScoreModelConfig
+from lsgm.config_data import ClassifierConfig, SamplerConfig, ScoreModelConfig
 from lsgm.data import build_datasets
 from lsgm.datasgm import build_data_model
 from lsgm.editing import colourise, edit_command, inpaint, make_mask, state_mask
@@ -43,6 +44,12 @@ def runs(tmp_path_factory):
         model = build_data_model("score_sde", config, SamplerConfig(), spec)
         (root / name).mkdir()
         save(model, root / name, data)
+    config = ClassifierConfig(num_channels=8, num_scales=1)
+    judge = build_classifier(config, ScoreModelConfig(), build_datasets(colour).spec)
+    torch.nn.init.zeros_(judge.network.head.weight)
+    judge.network.head.bias.data = torch.tensor([-1.0, 1.0])  # everything is of class 1
+    (root / "judge").mkdir()
+    save(judge, root / "judge", colour)
     config = VAEConfig(
         num_channels_enc=8, num_channels_dec=8, channel_mult=(1, 1, 1), num_preprocess_cells=1,
         num_postprocess_cells=1, num_latent_scales=2, num_latent_per_group=2,
@@ -140,6 +147,14 @@ def test_commands_write_their_grids(runs, tmp_path):
     assert tiles(out, 2).shape[0] == 2
 
 
+def test_a_judge_counts_what_it_takes_for_the_class(runs, tmp_path, capsys):
+    edit(
+        runs, "class-conditional", "colour", tmp_path / "x.png", "--labels", "0", "1", "1", "1",
+        "--samples", "3", "--judge", str(runs / "judge"), *FAST,
+    )  # fmt: skip
+    assert "taken for their class: 75.0% +- 12.5% of 12" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("name", "run", "arguments", "message"),
     [
@@ -152,6 +167,7 @@ def test_commands_write_their_grids(runs, tmp_path):
         ("class-conditional", "lsgm", [], "knows no classes"),
         ("class-conditional", "grey", FAST, "without classes"),
         ("class-conditional", "colour", ["--labels", "2", *FAST], "classes 0 to 1"),
+        ("class-conditional", "colour", ["--judge", "no", *FAST], "no: no such run folder"),
         ("interpolate", "grey", ["--solver", "ancestral"], "--solver: ancestral draws noise"),
         ("interpolate", "grey", ["--steps", "1"], "steps: must be at least 2"),
         ("reconstruct", "grey", ["--keep", "1"], "--keep"),
