@@ -159,7 +159,8 @@ class QualityOptions:
     num: int = 2048
     """Number of samples."""
     nfe: tuple[int, ...] = ()
-    """Other numbers of network evaluations to score the samples at."""
+    """Other numbers of network evaluations to score the samples at; beside an adaptive sampler,
+    with the model's own."""
     images: str = "draws"
     """Binary data: draws (one Bernoulli draw a pixel) or means (grey decoder means)."""
     neighbours: int = 3

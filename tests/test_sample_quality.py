@@ -76,7 +76,7 @@ class Model:
         self.spec = spec
 
 
-def score(datasets, draw, cache, **options):
+def score(datasets, draw, cache, sampling=SolverOptions(), **options):  # noqa: B008 - frozen
     def drawn(model, num, sampling):
         return Samples(draw(num, sampling), sampling.nfe or 10, sampling.solver or "fake")
 
@@ -85,7 +85,7 @@ def score(datasets, draw, cache, **options):
         Model(datasets.spec),
         datasets,
         QualityOptions(extractor="classifier", **options),
-        SolverOptions(),
+        sampling,
         DATA,
         draw=drawn,
     )
@@ -163,6 +163,20 @@ def test_samplers_that_share_their_noise_are_compared_in_pairs(datasets, seen, t
     assert [point.nfe for point in report.ladder] == [4, 10]
     with pytest.raises(ValueError, match="cannot be compared"):
         difference(own, report.samples.scores["recall"])
+
+
+def test_few_evaluations_beside_an_adaptive_sampler_are_the_models_own(datasets, seen, tmp_path):
+    asked = []
+
+    def draw(num, sampling):
+        asked.append((sampling.solver, sampling.nfe, sampling.tolerance))
+        return blobs(num, 3)
+
+    for solver, ladder in (("rk45", None), ("heun", "heun")):
+        tolerance = 1e-5 if ladder is None else None
+        own = SolverOptions(solver=solver, tolerance=tolerance)
+        score(datasets, draw, tmp_path, sampling=own, nfe=(3, 10))
+        assert asked[-3:] == [(solver, None, tolerance), (ladder, 3, None), (ladder, 10, None)]
 
 
 def test_real_images_are_seen_once(datasets, seen, tmp_path):

@@ -54,6 +54,7 @@ from lsgm.evaluation.features import (
 from lsgm.files import atomic_write
 from lsgm.options import QualityOptions, SolverOptions
 from lsgm.sampling import Samples, draw_samples
+from lsgm.solvers import make_solver
 from vae.random import RowGenerators
 
 __all__ = [
@@ -141,7 +142,8 @@ class SampleQualityReport:
 
     Attributes:
         samples: With the sampler as it was given.
-        ladder: With other numbers of evaluations, the same noise otherwise.
+        ladder: With other numbers of evaluations, the same noise otherwise; beside an adaptive
+            sampler, those of the model's own.
         floor: As many training images in place of samples: what a perfect model would be likely to
             score. None where there are too few.
         extractor: Name of the features; ``preprocessing`` and ``weights_sha256`` go with it.
@@ -328,6 +330,15 @@ def real_activations(
     return found
 
 
+def _with_fixed_steps(sampling: SolverOptions) -> SolverOptions:
+    """The sampler that can be given a number of evaluations: the model's own in place of an
+    adaptive one, so that both are compared from the same noise.
+    """
+    if sampling.solver is None or make_solver(sampling.solver).evaluations(1) is not None:
+        return sampling
+    return replace(sampling, solver=None, tolerance=None)
+
+
 def sample_quality(
     model: Any,
     datasets: Datasets,
@@ -384,7 +395,8 @@ def sample_quality(
     samples = point(sampling)
     ladder = ()
     if samples.nfe:  # a VAE under N(0, I) evaluates no network that a solver would call
-        ladder = tuple(point(replace(sampling, nfe=nfe)) for nfe in options.nfe)
+        steps = _with_fixed_steps(sampling)
+        ladder = tuple(point(replace(steps, nfe=nfe)) for nfe in options.nfe)
     floor = None
     if len(datasets.train) >= options.num:
         index = epoch_order(len(datasets.train), options.seed, 0)[: options.num]
