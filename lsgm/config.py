@@ -333,6 +333,8 @@ class OptimConfig:
     """Largest 2-norm of the whole gradient (0: no clipping)."""
     ema_decay: float = 0.0
     """Decay per step of the running average of the weights (0: no average)."""
+    ema_warmup: bool = True
+    """Average over fewer steps in the beginning, so that short runs forget their first weights."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "lr eps")

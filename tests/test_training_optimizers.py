@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -86,6 +87,20 @@ def test_average_starts_at_the_first_update_and_follows_the_recursion():
         assert torch.equal(mine, buffer)
     ema.train()
     assert not ema.module.training
+
+
+@pytest.mark.parametrize(("warmup", "share"), [(False, 0.999**99), (True, None)])
+def test_a_warm_up_forgets_the_first_weights(warmup, share):
+    """Weights 1 at the first update and 0 after it: what is left is the share of the first."""
+    module = nn.Linear(1, 1)
+    ema = EMA(module, 0.999, warmup=warmup)
+    for step in range(100):
+        with torch.no_grad():
+            module.weight.fill_(float(step == 0))
+        ema.update(module)
+    if share is None:  # prod (1 + n) / (10 + n) over n = 1..99 is a ratio of factorials
+        share = math.factorial(100) * math.factorial(10) / math.factorial(109)
+    assert ema.module.weight.item() == pytest.approx(share, rel=1e-4)
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lsgm.config import OptimConfig
 from lsgm.errors import UserError
-from lsgm.training.ema import EMA
+from lsgm.training.ema import EMA, make_average
 from lsgm.training.optimizers import make_optimizer
 from lsgm.training.schedules import Schedule, learning_rate
 from vae.random import Rng
@@ -170,7 +170,7 @@ class TrainState:
                 module,
                 optims[name],
                 make_optimizer(module.parameters(), optims[name]),
-                EMA(module, optims[name].ema_decay) if optims[name].ema_decay > 0 else None,
+                make_average(module, optims[name]),
             )
             for name, module in trainables.items()
         }
