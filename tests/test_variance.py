@@ -133,6 +133,7 @@ def test_gradients_are_those_of_a_training_step(weighting: str, stratified: bool
 
 
 def test_what_an_encoder_does_not_reach_is_left_out() -> None:
+    assert Latents.of(torch.ones(1, 2, requires_grad=True), ()).encoder == ()
     used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
     latents = Latents.of(used * 2, [used, unused])
     assert latents.encoder == (used,)

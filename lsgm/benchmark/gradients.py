@@ -95,6 +95,8 @@ class Latents:
     def of(cls, z0: Tensor, parameters: Iterable[nn.Parameter]) -> Latents:
         """With those of ``parameters`` that ``z0`` depends on."""
         chosen = tuple(parameters)
+        if not chosen:
+            return cls(z0)
         reached = torch.autograd.grad(z0.sum(), chosen, retain_graph=True, allow_unused=True)
         pairs = zip(chosen, reached, strict=True)
         return cls(z0, tuple(p for p, gradient in pairs if gradient is not None))
