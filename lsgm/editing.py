@@ -40,7 +40,7 @@ from lsgm.protocols import DiffusionModel, has_diffusion
 from lsgm.release import load_data_config
 from lsgm.sampling import draw_batch
 from lsgm.solver_choice import choose_solver
-from lsgm.solvers import Solver
+from lsgm.solvers import Solver, make_solver
 from lsgm.training.precision import choose_device
 from vae.random import RowGenerators, randn
 
@@ -221,8 +221,12 @@ def _inputs(model: Any, options: EditOptions) -> tuple[Tensor, Tensor]:
 
 
 def _conditional_sampler(model: Any, options: EditOptions) -> tuple[Solver, Tensor]:
-    """Unless named, a sampler with corrector steps, which inpainting needs."""
-    if options.solver is None and not hasattr(model, "defaults"):
+    """Unless named, a sampler that draws noise, which inpainting needs: the model's own if it is
+    one, else predictor and corrector.
+    """
+    own = getattr(model, "defaults", None)
+    draws_noise = own is not None and make_solver(own.solver, **own.options).stochastic
+    if options.solver is None and not draws_noise:
         options = replace(
             options,
             solver=CONDITIONAL_SOLVER,
