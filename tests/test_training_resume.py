@@ -35,6 +35,15 @@ def lines(run: Path):
     return [{k: v for k, v in record.items() if k not in CLOCKS} for record in records]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the processes of :func:`start_toy`: sums over threads round differently."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     run = tmp_path_factory.mktemp("whole") / "run"
