@@ -132,6 +132,12 @@ class VAEConfig:
     """Carry the input down the encoder as a pyramid (progressive input)."""
     activation_checkpointing: bool = False
     """Recompute cells in the backward pass: less memory, more time, same result."""
+    context_size: int = 0
+    """Binary data: side of the window of earlier pixels that each pixel sees (0: none)."""
+    context_channels: int = 32
+    """Width of the network that looks at the window."""
+    context_blocks: int = 2
+    """Its residual blocks; each widens the window by one pixel."""
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -140,7 +146,13 @@ class VAEConfig:
             "num_latent_scales num_groups_per_scale num_latent_per_group num_cell_per_cond_enc "
             "num_cell_per_cond_dec log_sig_q_scale",
         )
-        _require_non_negative(self, "num_preprocess_blocks num_nf")
+        _require_non_negative(self, "num_preprocess_blocks num_nf context_size context_blocks")
+        _require(
+            self.context_size == 0
+            or (self.context_size % 2 == 1 and self.context_size > 1 and self.decoder_dist == "bin"),
+            "context_size: must be 0, or an odd number from 3 on with decoder_dist bin, not "
+            f"{self.context_size}",
+        )
         levels = self.num_preprocess_blocks + self.num_latent_scales
         _require(
             len(self.channel_mult) == levels and min(self.channel_mult) > 0,

@@ -148,7 +148,7 @@ class VAEModel(nn.Module):
         """Decoder means of one posterior draw for ``x`` ``(B, C, R, R)`` in [-1, 1]; images in [0,
         1] without padding.
         """
-        return self.to_images(self.vae(x, rng=rng).likelihood.mean)
+        return self.to_images(self.vae(x, rng=rng).likelihood.picture(rng))
 
     def nelbo(self, x: Tensor, rng: Rng = None) -> NELBO:
         """One-sample NELBO of ``x`` ``(B, C, R, R)`` in [-1, 1] under the prior N(0, I)."""
@@ -167,9 +167,11 @@ class VAEModel(nn.Module):
             for shape in self.vae.latent_shapes
         ]
 
-    def decode(self, eps: Sequence[Tensor]) -> Tensor:
-        """Images in [0, 1], the decoder's means, from latents of all groups."""
-        return self.to_images(self.vae.decode(eps).mean).clamp(0, 1)
+    def decode(self, eps: Sequence[Tensor], rng: Rng = None) -> Tensor:
+        """Images in [0, 1] from latents of all groups: the decoder's means, which only a decoder
+        with a context draws ``rng`` for (:meth:`vae.distributions.Distribution.picture`).
+        """
+        return self.to_images(self.vae.decode(eps).picture(rng)).clamp(0, 1)
 
 
 class LSGM(VAEModel):
@@ -266,9 +268,9 @@ class LSGM(VAEModel):
         finer = self.vae.latent_shapes[self.vae.num_groups_per_scale :]
         return [temperature * randn((num, *shape), rng, device=self.device) for shape in finer]
 
-    def decode_state(self, state: Tensor, finer: Sequence[Tensor]) -> Tensor:
+    def decode_state(self, state: Tensor, finer: Sequence[Tensor], rng: Rng = None) -> Tensor:
         """Images in [0, 1] from the coarsest scale's latents and the groups of the finer ones."""
-        return self.decode([*self.vae.split_top(state.float()), *finer])
+        return self.decode([*self.vae.split_top(state.float()), *finer], rng)
 
     def complete_latents(self, top: Tensor, rng: Rng, temperature: float = 1.0) -> list[Tensor]:
         """Split ``top`` into its groups and draw the finer scales from N(0, temperature^2 I)."""

@@ -44,8 +44,10 @@ class DiffusionModel(Protocol):
     def sample_finer(self, num: int, rng: Rng, temperature: float = 1.0) -> list[Tensor]:
         """Draw the finer latents from their prior."""
 
-    def decode_state(self, state: Tensor, finer: Sequence[Tensor]) -> Tensor:
-        """Images ``(B, C, H, W)`` in [0, 1]."""
+    def decode_state(
+        self, state: Tensor, finer: Sequence[Tensor], rng: Rng = None
+    ) -> Tensor:
+        """Images ``(B, C, H, W)`` in [0, 1]; a decoder that draws pixels takes ``rng``."""
 
 
 def has_diffusion(model: object) -> TypeGuard[DiffusionModel]:

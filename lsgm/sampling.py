@@ -84,7 +84,7 @@ def draw_batch(
     )
     solution = solver.solve(model.sde, score or model.score, start, times, rng, hooks)
     finer = model.sample_finer(num, rng, temperature)
-    images = model.decode_state(solution.x, finer)
+    images = model.decode_state(solution.x, finer, rng)
     latents = (solution.x, *finer) if isinstance(model, VAEModel) else ()
     return Batch(images, latents, solution.nfe)
 
@@ -109,7 +109,7 @@ def iterate_samples(
         else:
             assert isinstance(model, VAEModel)
             latents = model.sample_latents(len(rows), rng, options.temperature)
-            batch = Batch(model.decode(latents), tuple(latents), 0)
+            batch = Batch(model.decode(latents, rng), tuple(latents), 0)
         yield Batch(batch.images.cpu(), tuple(z.cpu() for z in batch.latents), batch.nfe)
 
 

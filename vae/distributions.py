@@ -49,6 +49,12 @@ class Distribution(ABC):
     def mean(self) -> Tensor:
         """Mean (B, C, H, W) in the range of the data."""
 
+    def picture(self, rng: Rng = None) -> Tensor:
+        """What is shown of it, (B, C, H, W): its mean, or where pixels depend on each other the
+        conditional means along one draw, whose expectation is the mean.
+        """
+        return self.mean
+
     @abstractmethod
     def sample(self, rng: Rng = None, temperature: float = 1.0) -> Tensor:
         """Draw (B, C, H, W); a temperature in (0, 1) narrows the distribution."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vae.cells import CellKind, Resample, ResidualCell
+from vae.context import AutoregressiveBernoulli, CausalContext
 from vae.decoder import Decoder, GroupPosterior
 from vae.distributions import Distribution, decoder_channels, decoder_distribution
 from vae.encoder import Encoder
@@ -91,6 +92,10 @@ class HierarchicalVAE(nn.Module):
         input_skip: Carry the input down the encoder as a pyramid.
         crop: Pixels at each border that are padding and do not count in the likelihood.
         activation_checkpointing: Recompute cells in the backward pass to save memory.
+        context_size: Side of the window of earlier pixels that each pixel sees beside the latents
+            (:mod:`vae.context`; ``bin`` only); 0: pixels are independent given the latents.
+        context_channels: Width of the network that looks at the window.
+        context_blocks: Its residual blocks, each of which widens the window by one pixel.
 
     Raises:
         ValueError: If the arguments do not fit each other.
@@ -121,6 +126,9 @@ class HierarchicalVAE(nn.Module):
         input_skip: bool = False,
         crop: int = 0,
         activation_checkpointing: bool = False,
+        context_size: int = 0,
+        context_channels: int = 32,
+        context_blocks: int = 2,
     ) -> None:
         super().__init__()
         levels = num_preprocess_blocks + num_latent_scales
@@ -132,6 +140,8 @@ class HierarchicalVAE(nn.Module):
             raise ValueError(f"cell must be one of {tuple(CELL_RECIPES)}, got {cell!r}")
         if decoder_dist in ("bin", "dl") and num_x_bits != 8:
             raise ValueError(f"decoder_dist {decoder_dist} needs num_x_bits 8, got {num_x_bits}")
+        if context_size and decoder_dist != "bin":
+            raise ValueError(f"context_size needs decoder_dist bin, not {decoder_dist}")
         self.image_channels, self.image_size, self.crop = image_channels, image_size, crop
         self.decoder_dist, self.num_x_bits = decoder_dist, num_x_bits
         self.num_latent_scales = num_latent_scales
@@ -172,9 +182,16 @@ class HierarchicalVAE(nn.Module):
             latent_channels=num_latent_per_group,
             num_flows=num_nf,
             log_sigma_clamp=log_sig_q_scale,
-            out_channels=decoder_channels(decoder_dist, image_channels),
+            out_channels=context_channels
+            if context_size
+            else decoder_channels(decoder_dist, image_channels),
             make_cell=make_dec,
             make_post_cell=make_post,
+        )
+        self.context = (
+            CausalContext(image_channels, context_channels, context_size, context_blocks)
+            if context_size
+            else None
         )
 
     @property
@@ -250,7 +267,7 @@ class HierarchicalVAE(nn.Module):
         device = self.decoder.top_feature.device
         for shape in self.latent_shapes[len(drawn) :]:
             drawn.append(temperature * randn((num, *shape), rng, device=device))
-        return (self.decode(drawn).mean.clamp(-1, 1) + 1) / 2
+        return (self.decode(drawn).picture(rng).clamp(-1, 1) + 1) / 2
 
     def reconstruction(self, output: VAEOutput, x: Tensor) -> Tensor:
         """-log p(x | eps), (B,) in nats, without the padding."""
@@ -306,6 +323,8 @@ class HierarchicalVAE(nn.Module):
 
     def _likelihood(self, state: Tensor) -> Distribution:
         logits = self.decoder.image_logits(state)
+        if self.context is not None:
+            return AutoregressiveBernoulli(logits, self.context, self.crop)
         return decoder_distribution(self.decoder_dist, logits, self.num_x_bits)
 
 
