@@ -259,6 +259,10 @@ class PriorConfig:
     """Mixed Normal prediction: the network corrects the score of N(0, I)."""
     mixing_init: float = -6.0
     """Initial logit of the mixing coefficient (-6: start almost at N(0, I))."""
+    predict: Literal["noise", "correction"] = "noise"
+    """What the network predicts: the noise, as published, or its difference from the Normal
+    component, which starts at N(0, I) whatever the mixing and learns as fast as the mixing is
+    large."""
     weighting_p: Literal["likelihood", "unweighted", "reweighted", "rescaled"] = "likelihood"
     """Weighting of the prior's loss over time."""
     proposal_p: Literal["uniform", "importance", "optimal"] = "importance"
@@ -285,6 +289,9 @@ class PriorConfig:
         _require(
             self.mixed or not self.drop_inactive,
             "drop_inactive: needs mixed true (N(0, I) is the Normal part of the mix)",
+        )
+        _require(
+            self.mixed or self.predict == "noise", "predict: correction needs mixed true"
         )
         _require(
             not self.update_q_ema or self.training == "disjoint",

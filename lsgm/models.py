@@ -114,7 +114,12 @@ def build_prior(config: PriorConfig, vae: HierarchicalVAE) -> MixedNormalScore:
     sde = make_sde(**asdict(config.sde))
     network = NCSNpp(channels=channels, resolution=size, **asdict(config.network))
     return MixedNormalScore(
-        network, sde, channels, mixing_init=config.mixing_init, mixed=config.mixed
+        network,
+        sde,
+        channels,
+        mixing_init=config.mixing_init,
+        mixed=config.mixed,
+        predict=config.predict,
     )
 
 

@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lsgm.sde import LinearSDE
 
-__all__ = ["EpsFn", "MixedNormalScore"]
+__all__ = ["EpsFn", "MixedNormalScore", "Prediction"]
+
+Prediction: TypeAlias = Literal["noise", "correction"]
+"""What the network of a mixed-Normal score predicts."""
 
 
 class EpsFn(Protocol):
@@ -27,6 +30,13 @@ class MixedNormalScore(nn.Module):
     ``eps = (1 - a) normal(x_t, t) + a network(x_t, t)``.
 
     ``a = sigmoid(mixing_logit)`` is trained, one number a channel (arXiv 2106.05931 section 3.2).
+    The same family of functions, written as
+
+    ``eps = normal(x_t, t) + a network(x_t, t)``
+
+    (``predict="correction"``), needs no small ``a`` to start at N(0, I), because the network starts
+    at zero; a small ``a`` slows down all that the network learns.
+
     The Normal component and the mix are computed outside autocast, in float32 or in the dtype of
     ``x_t`` if that is wider.
 
@@ -36,6 +46,11 @@ class MixedNormalScore(nn.Module):
         channels: ``C``.
         mixing_init: initial mixing logit.
         mixed: if false the network alone predicts the noise (``a = 1``, nothing to train).
+        predict: what the network stands for: ``noise``, or its ``correction`` to the Normal
+            component.
+
+    Raises:
+        ValueError: unknown ``predict``, or a correction without the mix.
 
     The buffer ``channel_mask (1, C, 1, 1)`` holds 1 for active channels; the network sees zeros in
     the others. Unlike the published code it is saved with the weights.
@@ -50,8 +65,14 @@ class MixedNormalScore(nn.Module):
         channels: int,
         mixing_init: float = -6.0,
         mixed: bool = True,
+        predict: Prediction = "noise",
     ) -> None:
         super().__init__()
+        if predict not in get_args(Prediction):
+            raise ValueError(f"predict must be one of {get_args(Prediction)}, got {predict!r}")
+        if predict == "correction" and not mixed:
+            raise ValueError("predict correction needs a mixed-Normal score")
+        self.predict = predict
         self.sde = sde
         self.channels = channels
         self.mixing_logit = (
@@ -68,6 +89,15 @@ class MixedNormalScore(nn.Module):
         if self.mixing_logit is None:
             return torch.ones_like(self.channel_mask)
         return torch.sigmoid(self.mixing_logit) * self.channel_mask
+
+    @property
+    def non_normal(self) -> Tensor:
+        """One less the coefficient of the Normal component, ``(1, C, 1, 1)`` in [0, 1]: what is
+        left for an integrator that treats this component exactly.
+        """
+        if self.predict == "correction":
+            return torch.zeros_like(self.channel_mask)
+        return self.mixing
 
     @torch.no_grad()
     def deactivate(self, inactive: Tensor) -> None:
@@ -108,4 +138,7 @@ class MixedNormalScore(nn.Module):
             return residual.to(dtype)
         with torch.autocast(x_t.device.type, enabled=False):
             normal = self.sde.normal_component(x_t.to(dtype), t)
-            return torch.lerp(normal, residual.to(dtype), self.mixing.to(dtype))
+            mixing = self.mixing.to(dtype)
+            if self.predict == "correction":
+                return torch.addcmul(normal, mixing, residual.to(dtype))
+            return torch.lerp(normal, residual.to(dtype), mixing)

@@ -90,7 +90,7 @@ def solver_arguments(options: SolverOptions, score: EpsFn | None = None) -> dict
 
 def _alpha(text: str, score: EpsFn | None) -> float | Tensor:
     if text == MODEL_ALPHA:
-        mixing = getattr(score, "mixing", None)
+        mixing = getattr(score, "non_normal", None)
         if mixing is None:
             raise UserError("--alpha: this model has no mixing coefficients; give a number")
         return cast(Tensor, mixing)

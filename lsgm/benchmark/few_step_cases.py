@@ -186,7 +186,7 @@ def run_case(
         return found[..., padding : found.shape[-2] - padding, padding : found.shape[-1] - padding]
 
     shape = tuple(model.state_shape)
-    mixing = getattr(model.score, "mixing", None)
+    mixing = getattr(model.score, "non_normal", None)
     return Case(
         f"{folder.name}, states of {'x'.join(map(str, shape))}",
         model.sde,
