@@ -149,7 +149,9 @@ class VAEConfig:
         _require_non_negative(self, "num_preprocess_blocks num_nf context_size context_blocks")
         _require(
             self.context_size == 0
-            or (self.context_size % 2 == 1 and self.context_size > 1 and self.decoder_dist == "bin"),
+            or (
+                self.context_size % 2 == 1 and self.context_size > 1 and self.decoder_dist == "bin"
+            ),
             "context_size: must be 0, or an odd number from 3 on with decoder_dist bin, not "
             f"{self.context_size}",
         )
@@ -290,9 +292,7 @@ class PriorConfig:
             self.mixed or not self.drop_inactive,
             "drop_inactive: needs mixed true (N(0, I) is the Normal part of the mix)",
         )
-        _require(
-            self.mixed or self.predict == "noise", "predict: correction needs mixed true"
-        )
+        _require(self.mixed or self.predict == "noise", "predict: correction needs mixed true")
         _require(
             not self.update_q_ema or self.training == "disjoint",
             f"update_q_ema: needs training disjoint, not {self.training}",

@@ -182,9 +182,7 @@ class DataSGM(nn.Module):
         """Nothing: there are no finer latents."""
         return []
 
-    def decode_state(
-        self, state: Tensor, finer: Sequence[Tensor] = (), rng: Rng = None
-    ) -> Tensor:
+    def decode_state(self, state: Tensor, finer: Sequence[Tensor] = (), rng: Rng = None) -> Tensor:
         """Images in [0, 1] from the state; nothing is drawn."""
         return self.to_images(state).clamp(0, 1)
 

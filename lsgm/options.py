@@ -295,6 +295,8 @@ class EvaluateOptions:
     """Posterior draws per image for nelbo."""
     k: int = 32
     """Posterior draws per image for iw."""
+    iw_steps: int = 20
+    """Steps of the diffusion path in iw of an LSGM: more are tighter and cost as much more."""
     batch_size: int = 250
     """Images at a time."""
     tolerance: float = 1e-5
@@ -311,7 +313,16 @@ class EvaluateOptions:
     """auto, cpu, cuda, ..."""
 
     def __post_init__(self) -> None:
-        for name in ("limit", "samples", "k", "batch_size", "tolerance", "iw_images", "neighbours"):
+        for name in (
+            "limit",
+            "samples",
+            "k",
+            "batch_size",
+            "tolerance",
+            "iw_images",
+            "neighbours",
+            "iw_steps",
+        ):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}: must be positive, not {value}")

@@ -44,9 +44,7 @@ class DiffusionModel(Protocol):
     def sample_finer(self, num: int, rng: Rng, temperature: float = 1.0) -> list[Tensor]:
         """Draw the finer latents from their prior."""
 
-    def decode_state(
-        self, state: Tensor, finer: Sequence[Tensor], rng: Rng = None
-    ) -> Tensor:
+    def decode_state(self, state: Tensor, finer: Sequence[Tensor], rng: Rng = None) -> Tensor:
         """Images ``(B, C, H, W)`` in [0, 1]; a decoder that draws pixels takes ``rng``."""
 
 

@@ -5,6 +5,7 @@ import torch
 from sde_cases import all_sdes
 from torch import Tensor, nn
 
+from lsgm.networks.ncsnpp import NCSNpp
 from lsgm.score import MixedNormalScore
 from lsgm.sde import VPSDE, LinearSDE
 
@@ -92,3 +93,36 @@ def test_deactivate_wants_a_bool_mask() -> None:
         score.deactivate(torch.tensor([0.0, 1.0, 0.0]))
     with pytest.raises(ValueError, match="bool mask"):
         score.deactivate(torch.tensor([True]))
+
+
+@all_sdes
+def test_a_correction_is_the_same_function_of_another_network(sde: LinearSDE) -> None:
+    """``(1 - a) normal + a network = normal + a (network - normal)``."""
+    net = Toy()
+    mixed = MixedNormalScore(net, sde, 3, mixing_init=-0.4)
+
+    class Difference(nn.Module):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return net(x, t) - sde.normal_component(x, t)
+
+    corrected = MixedNormalScore(Difference(), sde, 3, mixing_init=-0.4, predict="correction")
+    x, t = torch.randn(5, 3, 4, 4), torch.rand(5) * 0.98 + 0.01
+    torch.testing.assert_close(mixed(x, t), corrected(x, t), rtol=1e-4, atol=1e-5)
+    # What the Normal-reference integrator has left of the Normal component is none of it.
+    assert (corrected.non_normal == 0).all()
+    torch.testing.assert_close(mixed.non_normal, mixed.mixing)
+
+
+def test_a_correction_starts_at_the_normal_prior_whatever_the_mixing() -> None:
+    sde = VPSDE()
+    net = NCSNpp(channels=3, resolution=8, num_channels=32, num_scales=2, num_cells_per_scale=1)
+    score = MixedNormalScore(net, sde, 3, mixing_init=2.0, predict="correction")
+    x, t = torch.randn(4, 3, 8, 8), torch.full((4,), 0.3)
+    torch.testing.assert_close(score(x, t), sde.normal_component(x, t), rtol=0, atol=1e-4)
+
+
+def test_unknown_predictions_are_refused() -> None:
+    with pytest.raises(ValueError, match="noise"):
+        MixedNormalScore(nn.Identity(), VPSDE(), 3, predict="velocity")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="mixed"):
+        MixedNormalScore(nn.Identity(), VPSDE(), 3, mixed=False, predict="correction")

@@ -44,7 +44,9 @@ class CausalConv2d(nn.Module):
     ) -> None:
         super().__init__()
         if kernel_size % 2 == 0 or (kernel_size == 1 and not include_centre):
-            raise ValueError(f"a causal kernel has an odd size that sees a pixel, not {kernel_size}")
+            raise ValueError(
+                f"a causal kernel has an odd size that sees a pixel, not {kernel_size}"
+            )
         self.reach = kernel_size // 2
         shape = (self.reach + 1, kernel_size)  # the rows below the centre would all be masked
         plain = nn.Conv2d(in_channels, out_channels, shape)

@@ -181,7 +181,7 @@ def _run_metric(
     settings: dict[str, Any] = {
         "nelbo": {"samples": options.samples},
         "normal": {"samples": options.samples},
-        "iw": {"k": options.k},
+        "iw": {"k": options.k, "steps": options.iw_steps},
         "ode": {"tolerance": options.tolerance},
         "iw_exact": {"k": options.k, "tolerance": options.tolerance},
         "bits": {"tolerance": options.tolerance},
