@@ -58,9 +58,41 @@ class CausalConv2d(nn.Module):
             norm = torch.linalg.vector_norm(self.weight * mask, dim=(1, 2, 3), keepdim=True)
         self.log_weight_norm = nn.Parameter(torch.log(norm + 1e-2))
 
+    def kernel(self) -> Tensor:
+        """Effective kernel (C_out, C_in, k // 2 + 1, k), float32."""
+        return normalize_kernel(self.weight * self.mask, self.log_weight_norm)
+
     def forward(self, x: Tensor) -> Tensor:
-        kernel = normalize_kernel(self.weight * self.mask, self.log_weight_norm)
-        return F.conv2d(x, kernel, self.bias, padding=self.reach)[:, :, : x.shape[2]]
+        return F.conv2d(x, self.kernel(), self.bias, padding=self.reach)[:, :, : x.shape[2]]
+
+
+class _PixelConv:
+    """A causal convolution one place at a time; it keeps the inputs that it has been given.
+
+    ``conv`` maps (B, C_in, H, W); ``like`` is any (B, ?, H, W).
+    """
+
+    def __init__(self, conv: CausalConv2d, like: Tensor, fill: float = 0.0) -> None:
+        batch, _, height, width = like.shape
+        channels, reach = conv.weight.shape[1], conv.reach
+        self.reach, self.bias = reach, conv.bias
+        self.matrix = conv.kernel().flatten(1).t().contiguous()
+        padded = (batch, channels, height + reach, width + 2 * reach)
+        self.seen = torch.zeros(padded, dtype=conv.weight.dtype, device=like.device)
+        self.seen[:, :, reach:, reach : reach + width] = fill
+
+    def put(self, value: Tensor, i: int, j: int) -> None:
+        """The input at (i, j) is ``value`` (B, C_in)."""
+        self.seen[:, :, i + self.reach, j + self.reach] = value
+
+    def at(self, i: int, j: int) -> Tensor:
+        """The output at (i, j), (B, C_out)."""
+        patch = self.seen[:, :, i : i + self.reach + 1, j : j + 2 * self.reach + 1]
+        return torch.addmm(self.bias, patch.flatten(1), self.matrix)
+
+    def __call__(self, value: Tensor, i: int, j: int) -> Tensor:
+        self.put(value, i, j)
+        return self.at(i, j)
 
 
 class _CausalBlock(nn.Module):
@@ -92,6 +124,10 @@ class CausalContext(nn.Module):
         self.blocks = nn.Sequential(*[_CausalBlock(width) for _ in range(num_blocks)])
         self.last = CausalConv2d(width, image_channels, 1, include_centre=True)
         self.reach = kernel_size // 2 + num_blocks
+
+    def causal_blocks(self) -> list[_CausalBlock]:
+        """The residual blocks, in order."""
+        return [block for block in self.blocks if isinstance(block, _CausalBlock)]
 
     def forward(self, features: Tensor, x: Tensor) -> Tensor:
         """Log odds (B, C, H, W) for ``features`` (B, F, H, W) and an image ``x`` (B, C, H, W)."""
@@ -136,17 +172,27 @@ class AutoregressiveBernoulli(Distribution):
     @torch.no_grad()
     def _draw(self, uniform: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """A draw and the conditional means along it, both (B, C, H, W) in [-1, 1], pixel by pixel
-        from ``uniform`` (B or 1, C, H, W). Only the window of a pixel is evaluated.
+        from ``uniform`` (B or 1, C, H, W). Every layer is evaluated once at every pixel.
         """
-        x = -torch.ones(self._image_shape(), device=self.features.device)
+        context, features = self.context, self.features.to(self.context.first.weight.dtype)
+        x = -torch.ones(self._image_shape(), dtype=features.dtype, device=features.device)
         mean = x.clone()
-        reach, (height, width) = self.context.reach, x.shape[2:]
-        for i in range(self.crop, height - self.crop):
-            for j in range(self.crop, width - self.crop):
-                top, left = max(i - reach, 0), max(j - reach, 0)
-                window = (..., slice(top, i + 1), slice(left, j + reach + 1))
-                logits = self.context(self.features[window], x[window])[..., i - top, j - left]
-                probability = torch.sigmoid(logits.float() / temperature)
+        first = _PixelConv(context.first, x, fill=-1.0)
+        last = _PixelConv(context.last, x)
+        blocks = [
+            (_PixelConv(block.causal, x), _PixelConv(block.pointwise, x))
+            for block in context.causal_blocks()
+        ]
+        height, width = x.shape[2:]
+        for i in range(height):
+            for j in range(width):
+                h = first.at(i, j) + features[..., i, j]
+                for causal, pointwise in blocks:
+                    h = h + pointwise(F.silu(causal(F.silu(h), i, j)), i, j)
+                if not (self.crop <= i < height - self.crop and self.crop <= j < width - self.crop):
+                    continue  # padding: known, but what is below it sees its features
+                probability = torch.sigmoid(last(F.silu(h), i, j).float() / temperature)
                 x[..., i, j] = 2.0 * (uniform[..., i, j] < probability) - 1.0
                 mean[..., i, j] = 2.0 * probability - 1.0
+                first.put(x[..., i, j], i, j)
         return x, mean
