@@ -9,10 +9,10 @@ RUNS ?= runs
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo omniglot-eval test lint format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## make the virtual environment (.venv)
 
@@ -39,6 +39,14 @@ demo: $(STAMP) ## train, evaluate and sample on handwritten digits: minutes on a
 		--pictures $(RUNS)/demo --json $(RUNS)/demo/report.json > $(RUNS)/demo.md
 	@cat $(RUNS)/demo.md
 	@echo "table: $(RUNS)/demo.md  pictures: $(RUNS)/demo/"
+
+omniglot-eval: $(STAMP) ## repeat the README's OMNIGLOT likelihoods from the released weights
+	@mkdir -p $(RUNS)/omniglot-eval
+	$(BIN)/python scripts/evaluate.py --run released/omniglot-vae released/omniglot-lsgm \
+		--metrics nelbo normal iw --k 8 --iw_steps 10 \
+		--out $(RUNS)/omniglot-eval --json $(RUNS)/omniglot-eval/all.json > $(RUNS)/omniglot-eval/table.md
+	@cat $(RUNS)/omniglot-eval/table.md
+	@echo "reports and pictures: $(RUNS)/omniglot-eval/"
 
 lint: $(STAMP) ## check style without changing anything
 	$(BIN)/ruff check .
