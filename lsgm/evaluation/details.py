@@ -78,6 +78,7 @@ class Details:
     published: PublishedLadder | None
     num_test: int
     repeat: dict[str, Any]
+    model: str
 
 
 def examine(
@@ -123,7 +124,25 @@ def examine(
         published_for(datasets.spec.name),
         len(datasets.test),
         how_to_repeat(model, folder, data, datasets, options),
+        model_in_words(model),
     )
+
+
+def model_in_words(model: Any) -> str:
+    """Size, latents and decoder of a model, as a reader of its likelihood has to know them."""
+    words = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
+    if not isinstance(model, VAEModel):
+        return words
+    shapes = [" x ".join(map(str, shape)) for shape in model.vae.latent_shapes]
+    groups = ", ".join(f"{shapes.count(shape)} of {shape}" for shape in dict.fromkeys(shapes))
+    context = model.vae.context
+    pixels = (
+        "pixels independent given the latents"
+        if context is None
+        else "autoregressive: a pixel sees the latents and the pixels before it, up to "
+        f"{context.reach} rows above and columns aside"
+    )
+    return f"{words}; latent groups: {groups}; decoder {model.vae.decoder_dist}, {pixels}"
 
 
 def neighbours_of(samples: Tensor, datasets: Datasets, *, k: int = 5) -> NeighbourSummary:

@@ -60,6 +60,7 @@ def as_json(report: Any, details: Details) -> dict[str, Any]:
             "neighbours": details.neighbours.as_dict(),
             "sampling": sampling,
         },
+        "model": details.model,
         "published": details.published
         and details.published.as_dict() | {"caveat": details.published.caveat(details.num_test)},
         "repeat": details.repeat,
@@ -120,6 +121,7 @@ def markdown(report: Any, details: Details, out: Path) -> str:
         f"A run of kind `{report.kind}` on the {report.split} images of {report.dataset}. "
         "Likelihoods are nats an image of images without their padding, lower is better; `+-` is "
         "one standard error over images.",
+        f"The model: {details.model}.",
         *_likelihood(report.bounds),
         *_decomposition(details),
         *_curves(details),
