@@ -15,10 +15,8 @@ from lsgm.config import (
     PriorNetworkConfig,
     SDEConfig,
     TrainConfig,
-    _require,
-    _require_non_negative,
-    _require_positive,
 )
+from lsgm.config_checks import require, require_non_negative, require_positive
 
 __all__ = [
     "ClassifierConfig",
@@ -46,8 +44,8 @@ class RefineNetConfig:
     whose output is divided by sigma (2006.09011)."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "num_channels")
-        _require(
+        require_positive(self, "num_channels")
+        require(
             len(self.channel_mult) == len(self.dilations),
             f"dilations: needs one number for each of channel_mult, not {list(self.dilations)}",
         )
@@ -65,12 +63,12 @@ class LadderConfig:
     """Number of noise levels. None: from the number of pixels (2006.09011, technique 2)."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "sigma_max sigma_min")
-        _require(
+        require_positive(self, "sigma_max sigma_min")
+        require(
             self.sigma_max is None or self.sigma_min < self.sigma_max,
             "sigma_min: must be below sigma_max",
         )
-        _require(
+        require(
             self.levels is None or self.levels >= 2,
             f"levels: must be at least 2, not {self.levels}",
         )
@@ -113,12 +111,12 @@ class ScoreModelConfig:
     """The network is told the class of an image, which the dataset must know."""
 
     def __post_init__(self) -> None:
-        _require_non_negative(self, "data_std")
-        _require(
+        require_non_negative(self, "data_std")
+        require(
             not self.fit_sigma_max or self.sde.kind == "vesde",
             f"fit_sigma_max: needs sde.kind vesde, not {self.sde.kind}",
         )
-        _require(
+        require(
             not self.class_conditional or self.network == "ncsnpp",
             "class_conditional: network refinenet takes no class",
         )
@@ -145,8 +143,8 @@ class ScoreObjectiveConfig:
     network can do without (classifier-free guidance)."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "projections")
-        _require(
+        require_positive(self, "projections")
+        require(
             0.0 <= self.label_dropout <= 1.0,
             f"label_dropout: must lie in [0, 1], not {self.label_dropout}",
         )
@@ -173,12 +171,12 @@ class SamplerConfig:
     """langevin, predictor_corrector: end with a step that only removes noise."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "nfe step_ratio snr")
-        _require(
+        require_positive(self, "nfe step_ratio snr")
+        require(
             self.t_end is None or 0.0 <= self.t_end < 1.0,
             f"t_end: must lie in [0, 1), not {self.t_end}",
         )
-        _require(
+        require(
             self.step_ratio is None or self.step_ratio < 4,
             f"step_ratio: must be below 4, not {self.step_ratio}",
         )
@@ -202,10 +200,10 @@ class ClassifierConfig:
     """Probability spread evenly over the wrong classes in the training target."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "num_channels num_scales num_cells_per_scale")
+        require_positive(self, "num_channels num_scales num_cells_per_scale")
         for name in ("dropout", "label_smoothing"):
             value = getattr(self, name)
-            _require(0.0 <= value < 1.0, f"{name}: must lie in [0, 1), not {value}")
+            require(0.0 <= value < 1.0, f"{name}: must lie in [0, 1), not {value}")
 
 
 def _score_optimizer() -> OptimConfig:
@@ -240,7 +238,7 @@ class NCSNTrainConfig:
     """The training loop."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.kind != "score_sde" or self.score.network == "ncsnpp",
             "score.network: refinenet has discrete noise levels; kind score_sde needs ncsnpp",
         )

@@ -1,0 +1,221 @@
+"""Configuration of the networks and the diffusion of both stages; :mod:`lsgm.config` says how such
+sections are read and checked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lsgm.config_checks import require, require_non_negative, require_positive
+
+__all__ = ["PriorConfig", "PriorNetworkConfig", "SDEConfig", "VAEConfig"]
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Architecture of the hierarchical VAE (LSGM, arXiv 2106.05931; NVAE, arXiv 2007.03898)."""
+
+    num_channels_enc: int = 32
+    """Encoder width at the finest level, in channels."""
+    num_channels_dec: int = 32
+    """Decoder width at the finest level, in channels."""
+    channel_mult: tuple[int, ...] = (1, 2)
+    """Width multipliers, finest level first; one per pre-processing block and latent scale."""
+    num_preprocess_blocks: int = 1
+    """Blocks that halve the resolution before the latent scales (and double it after them)."""
+    num_preprocess_cells: int = 2
+    """Residual cells per pre-processing block."""
+    num_postprocess_cells: int = 2
+    """Residual cells per post-processing block."""
+    num_latent_scales: int = 1
+    """Latent resolutions; the prior acts on the coarsest."""
+    num_groups_per_scale: int = 2
+    """Latent groups per scale."""
+    num_latent_per_group: int = 20
+    """Latent channels per group."""
+    num_cell_per_cond_enc: int = 1
+    """Encoder cells per latent group."""
+    num_cell_per_cond_dec: int = 1
+    """Decoder cells per latent group."""
+    num_nf: int = 0
+    """Autoregressive flow cells per group in the posterior (0: none)."""
+    cell: Literal["res_mbconv", "res_bnswish"] = "res_mbconv"
+    """Cell recipe: inverted residuals in the decoder, or plain 3x3 residual cells."""
+    use_se: bool = True
+    """Squeeze-and-excitation in every residual cell."""
+    decoder_dist: Literal["bin", "dml", "dl", "normal"] = "bin"
+    """Pixels: Bernoulli (binary data), (mixture of) discretised logistics (colour), normal."""
+    num_x_bits: int = 8
+    """Bits per colour value that the model sees (binary data: 8)."""
+    log_sig_q_scale: float = 5.0
+    """Soft clamp of the posterior's log sigma to (-scale, scale), in nats."""
+    input_skip: bool = False
+    """Carry the input down the encoder as a pyramid (progressive input)."""
+    activation_checkpointing: bool = False
+    """Recompute cells in the backward pass: less memory, more time, same result."""
+    context_size: int = 0
+    """Binary data: side of the window of earlier pixels that each pixel sees (0: none)."""
+    context_channels: int = 32
+    """Width of the network that looks at the window."""
+    context_blocks: int = 2
+    """Its residual blocks; each widens the window by one pixel."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self,
+            "num_channels_enc num_channels_dec num_preprocess_cells num_postprocess_cells "
+            "num_latent_scales num_groups_per_scale num_latent_per_group num_cell_per_cond_enc "
+            "num_cell_per_cond_dec log_sig_q_scale",
+        )
+        require_non_negative(self, "num_preprocess_blocks num_nf context_size context_blocks")
+        require(
+            self.context_size == 0
+            or (
+                self.context_size % 2 == 1 and self.context_size > 1 and self.decoder_dist == "bin"
+            ),
+            "context_size: must be 0, or an odd number from 3 on with decoder_dist bin, not "
+            f"{self.context_size}",
+        )
+        levels = self.num_preprocess_blocks + self.num_latent_scales
+        require(
+            len(self.channel_mult) == levels and min(self.channel_mult) > 0,
+            f"channel_mult: needs {levels} positive values (num_preprocess_blocks + "
+            f"num_latent_scales), not {list(self.channel_mult)}",
+        )
+        require(1 <= self.num_x_bits <= 8, f"num_x_bits: must be 1 to 8, not {self.num_x_bits}")
+        require(
+            self.num_x_bits == 8 or self.decoder_dist in ("dml", "normal"),
+            f"num_x_bits: decoder_dist {self.decoder_dist} needs 8, not {self.num_x_bits}",
+        )
+
+
+@dataclass(frozen=True)
+class PriorNetworkConfig:
+    """The score network in latent space (NCSN++, arXiv 2011.13456)."""
+
+    num_channels: int = 64
+    """Width at the finest resolution, in channels."""
+    num_scales: int = 2
+    """Resolutions inside the network; each halves the previous one."""
+    channel_mult: tuple[int, ...] | None = None
+    """Width multiplier of each resolution, finest first. None: 1 everywhere."""
+    num_cells_per_scale: int = 2
+    """Residual blocks per resolution."""
+    embedding_dim: int = 128
+    """Size of the time features."""
+    embedding_width: int | None = None
+    """Size of the time embedding that is computed from them. None: 4 embedding_dim."""
+    embedding_type: Literal["positional", "fourier"] = "positional"
+    """Time embedding: sinusoids of t, or random Fourier features of log t."""
+    embedding_scale: float = 1000.0
+    """positional: factor on the time; fourier: scale of the random frequencies."""
+    dropout: float = 0.0
+    """Probability that a feature is dropped in training."""
+    fir: bool = False
+    """Resample with a smoothing (1, 3, 3, 1) filter."""
+    progressive: Literal["none", "output_skip", "residual"] = "none"
+    """Progressive growing of the output."""
+    progressive_input: Literal["none", "input_skip", "residual"] = "none"
+    """Progressive growing of the input."""
+    progressive_combine: Literal["sum", "cat"] = "sum"
+    """How the progressive input joins the features."""
+    attention_resolutions: tuple[int, ...] = (16,)
+    """Feature-map sides, in pixels, that get self-attention."""
+    middle_attention: bool = True
+    """Self-attention in the middle of the network."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self,
+            "num_channels num_scales num_cells_per_scale embedding_dim embedding_width "
+            "embedding_scale",
+        )
+        require(0.0 <= self.dropout < 1.0, f"dropout: must lie in [0, 1), not {self.dropout}")
+        mult = self.channel_mult
+        require(
+            mult is None or (len(mult) >= self.num_scales and min(mult) > 0),
+            f"channel_mult: needs at least {self.num_scales} positive values (num_scales), "
+            f"not {mult and list(mult)}",
+        )
+
+
+@dataclass(frozen=True)
+class SDEConfig:
+    """The diffusion in latent space; time runs from 0 (data) to 1 (noise)."""
+
+    kind: Literal["vpsde", "geometric", "subvpsde", "vesde"] = "vpsde"
+    """Variance preserving (linear beta or geometric), sub-variance preserving, exploding."""
+    beta_start: float = 0.1
+    """vpsde, subvpsde: beta(0)."""
+    beta_end: float = 20.0
+    """vpsde, subvpsde: beta(1)."""
+    sigma2_0: float = 0.0
+    """Variance of the noise at t = 0."""
+    sigma2_min: float = 1e-4
+    """geometric, vesde: smallest variance."""
+    sigma2_max: float = 0.99
+    """geometric, vesde: largest variance."""
+    time_eps: float = 1e-2
+    """Training times lie in [time_eps, 1]."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "beta_start beta_end sigma2_min sigma2_max")
+        require_non_negative(self, "sigma2_0")
+        require(0.0 <= self.time_eps < 1.0, f"time_eps: must lie in [0, 1), not {self.time_eps}")
+        require(self.beta_start <= self.beta_end, "beta_start: must not exceed beta_end")
+        require(self.sigma2_min < self.sigma2_max, "sigma2_min: must be below sigma2_max")
+        require(
+            self.time_eps > 0.0 or self.sigma2_0 > 0.0,
+            "time_eps: must be positive when sigma2_0 is 0 (the cross entropy diverges)",
+        )
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """The score-based prior and how it is trained (arXiv 2106.05931, sections 3.2 to 3.4)."""
+
+    network: PriorNetworkConfig = field(default_factory=PriorNetworkConfig)
+    """The score network."""
+    sde: SDEConfig = field(default_factory=SDEConfig)
+    """The diffusion."""
+    mixed: bool = True
+    """Mixed Normal prediction: the network corrects the score of N(0, I)."""
+    mixing_init: float = -6.0
+    """Initial logit of the mixing coefficient (-6: start almost at N(0, I))."""
+    predict: Literal["noise", "correction"] = "noise"
+    """What the network predicts: the noise, as published, or its difference from the Normal
+    component, which starts at N(0, I) whatever the mixing and learns as fast as the mixing is
+    large."""
+    weighting_p: Literal["likelihood", "unweighted", "reweighted", "rescaled"] = "likelihood"
+    """Weighting of the prior's loss over time."""
+    proposal_p: Literal["uniform", "importance", "optimal"] = "importance"
+    """Training times for the prior's loss: uniform, the paper's, or numerically optimal."""
+    proposal_q: Literal["same", "uniform", "importance", "optimal"] = "same"
+    """Times for the encoder's cross entropy (likelihood-weighted); same: the prior's draw."""
+    training: Literal["joint", "disjoint", "frozen"] = "joint"
+    """joint: VAE and prior in one step; disjoint: one after the other; frozen: the prior alone."""
+    drop_inactive: bool = False
+    """Keep N(0, I) for latent channels that carry no information (KL below 0.1 nats)."""
+    update_q_ema: bool = False
+    """disjoint only: the encoder's loss uses the averaged prior."""
+    control_variate: bool = True
+    """Sample only the network's difference from N(0, I) in the encoder's loss: less variance."""
+    stratified_times: bool = True
+    """Spread the times of a batch evenly over the proposal: less variance, same mean."""
+    spectral_regularization: float = 0.0
+    """Weight of the largest singular values of the score network's convolutions (0: off)."""
+    norm_regularization: float = 0.0
+    """Weight of the largest gains of the score network's normalisation layers (0: off)."""
+
+    def __post_init__(self) -> None:
+        require_non_negative(self, "spectral_regularization norm_regularization")
+        require(
+            self.mixed or not self.drop_inactive,
+            "drop_inactive: needs mixed true (N(0, I) is the Normal part of the mix)",
+        )
+        require(self.mixed or self.predict == "noise", "predict: correction needs mixed true")
+        require(
+            not self.update_q_ema or self.training == "disjoint",
+            f"update_q_ema: needs training disjoint, not {self.training}",
+        )
