@@ -7,7 +7,8 @@ images, and :meth:`nelbo` of images, in nats.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,7 @@ class VAEModel(nn.Module):
         self.vae = vae
         self.spec = spec
         self.vae_config = vae_config
+        self._draws_pixels = False
 
     def describe(self) -> dict[str, Any]:
         """What :func:`load` needs to rebuild the architecture."""
@@ -176,7 +178,21 @@ class VAEModel(nn.Module):
         """Images in [0, 1] from latents of all groups: the decoder's means, which only a decoder
         with a context draws ``rng`` for (:meth:`vae.distributions.Distribution.picture`).
         """
-        return self.to_images(self.vae.decode(eps).picture(rng)).clamp(0, 1)
+        likelihood = self.vae.decode(eps)
+        x = likelihood.sample(rng) if self._draws_pixels else likelihood.picture(rng)
+        return self.to_images(x).clamp(0, 1)
+
+    @contextmanager
+    def drawn_pixels(self) -> Iterator[None]:
+        """Inside, decoding draws from the decoder instead of showing its means. Of independent
+        pixels the means say as much; those of an autoregressive decoder belong to one draw, and
+        pixels drawn from them anew would not fit each other.
+        """
+        self._draws_pixels = True
+        try:
+            yield
+        finally:
+            self._draws_pixels = False
 
 
 class LSGM(VAEModel):

@@ -9,6 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lsgm.config import VAEConfig
+from lsgm.data import DataSpec
+from lsgm.evaluation.sample_quality import _pixels, scored_images
+from lsgm.models import VAEModel
 from vae import HierarchicalVAE, elbo
 from vae.context import AutoregressiveBernoulli, CausalContext, CausalConv2d
 from vae.random import RowGenerators
@@ -138,6 +142,25 @@ def test_the_vae_scores_and_draws_with_a_context() -> None:
     torch.testing.assert_close(terms.reconstruction, loss.flatten(1).sum(1))
     rows = [vae.sample(n, RowGenerators.of(5, range(n))) for n in (1, 3)]
     torch.testing.assert_close(rows[0], rows[1][:1])  # does not depend on the batch
+
+
+def test_scored_images_are_draws_of_the_decoder_itself() -> None:
+    """Under the convention ``draws`` pixels are drawn in order, not anew from one draw's means."""
+    spec = DataSpec("digits", 1, 12, 2, binary=True, num_classes=10, flip=False, affine=False)
+    vae = small_vae().eval()
+    model = VAEModel(vae, spec, VAEConfig())
+    eps = [torch.randn(3, 3, 8, 8) for _ in range(2)]
+    with _pixels(model, spec, "draws"):
+        drawn = model.decode(eps, torch.Generator().manual_seed(0))
+    exact = vae.decode(eps).sample(torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, (exact[..., 2:-2, 2:-2] + 1) / 2)
+    assert torch.equal(scored_images(drawn, spec, "draws", 0), drawn)
+    with _pixels(model, spec, "means"):
+        pictures = model.decode(eps, torch.Generator().manual_seed(0))
+    assert not torch.equal(pictures, drawn)
+    # The same uniforms made both: a pixel is on where it lies below its conditional mean.
+    uniform = torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal((uniform[..., 2:-2, 2:-2] < pictures).float(), drawn)
 
 
 def test_without_a_context_nothing_changes() -> None:

@@ -12,6 +12,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ from lsgm.evaluation.features import (
     make_extractor,
 )
 from lsgm.files import atomic_write
+from lsgm.models import VAEModel
 from lsgm.options import QualityOptions, SolverOptions
 from lsgm.sampling import Samples, draw_samples
 from lsgm.solvers import make_solver
@@ -277,6 +279,14 @@ def scored_images(images: Tensor, spec: DataSpec, convention: str, seed: int) ->
     return images
 
 
+def _pixels(model: Any, spec: DataSpec, convention: str) -> AbstractContextManager[None]:
+    """Under the convention ``draws``, an autoregressive decoder draws its pixels itself."""
+    if spec.binary and convention == DRAWS and isinstance(model, VAEModel):
+        if model.vae.context is not None:
+            return model.drawn_pixels()
+    return nullcontext()
+
+
 def _convention_in_words(spec: DataSpec, convention: str, seed: int) -> str:
     if not spec.binary:
         return "images in [0, 1] as the model gives them; real images in 8 bits"
@@ -387,7 +397,8 @@ def sample_quality(
         )
 
     def point(chosen: SolverOptions) -> QualityPoint:
-        drawn = draw(model, options.num, chosen)
+        with _pixels(model, spec, options.images):
+            drawn = draw(model, options.num, chosen)
         images = scored_images(drawn.images, spec, options.images, chosen.seed)
         label = f"{drawn.solver}, NFE {drawn.nfe:g}" if drawn.nfe else drawn.solver
         return score(extract(extractor, images), label, drawn.nfe)
