@@ -37,7 +37,7 @@ class Images:
     def sample_finer(self, num, rng, temperature=1.0):
         return []
 
-    def decode_state(self, state, finer):
+    def decode_state(self, state, finer, rng=None):
         return state
 
 

@@ -46,7 +46,7 @@ class OracleModel:
     def sample_finer(self, num, rng, temperature=1.0):
         return []
 
-    def decode_state(self, state, finer):
+    def decode_state(self, state, finer, rng=None):
         return state
 
 
@@ -89,7 +89,7 @@ def test_alpha_may_be_the_models():
         choose_solver(model, asking)
 
     class Score:
-        mixing = torch.tensor([0.25]).reshape(1, 1, 1, 1)
+        non_normal = torch.tensor([0.25]).reshape(1, 1, 1, 1)
 
     model.score = Score()
     assert choose_solver(model, asking)[0].alpha == (0.25,)
