@@ -228,6 +228,11 @@ class LSGMTrainConfig:
     """Name of the run; its folder is runs/NAME unless --out says otherwise."""
     vae_run: str | None = None
     """Folder of the finished VAE run (the same as --vae)."""
+    lsgm_run: str | None = None
+    """Folder of a finished LSGM run to go on from, instead of vae_run (the same as --lsgm): its
+    averaged weights, VAE and prior, under a schedule of its own."""
+    add_context_blocks: int = 0
+    """With lsgm_run: residual blocks added to the decoder's context; they start as identities."""
     data: DataConfig | None = None
     """Images. None: those of the VAE run."""
     prior: PriorConfig = field(default_factory=PriorConfig)
@@ -246,3 +251,4 @@ class LSGMTrainConfig:
             not self.prior.update_q_ema or self.optim_prior.ema_decay > 0,
             "prior.update_q_ema: needs optim_prior.ema_decay above 0",
         )
+        require_non_negative(self, "add_context_blocks")

@@ -32,6 +32,7 @@ from lsgm.files import atomic_write_text
 
 __all__ = [
     "CONFIG_FILE",
+    "LSGM_RUN",
     "OUT",
     "RESUME",
     "VAE_RUN",
@@ -42,7 +43,7 @@ __all__ = [
     "parse_command_line",
     "run_folder",
     "save_config",
-    "take_data_from_vae_run",
+    "take_data_from_run",
 ]
 
 CONFIG_FILE = "config.yaml"
@@ -73,6 +74,7 @@ class Option:
 OUT = Option("out", "run folder to write; default runs/NAME", "DIR")
 RESUME = Option("resume", "continue the run in the run folder")
 VAE_RUN = Option("vae", "folder of the finished VAE run", "RUN")
+LSGM_RUN = Option("lsgm", "folder of a finished LSGM run to go on from, instead of --vae", "RUN")
 
 
 @dataclass(frozen=True)
@@ -131,20 +133,25 @@ def run_folder(
     return Path(out) if out is not None else Path("runs") / config.name
 
 
-def take_data_from_vae_run(config: LSGMTrainConfig, options: dict[str, Any]) -> LSGMTrainConfig:
-    """Fill in `vae_run` from ``--vae`` and, where nothing else is said, the data section of that
-    run.
+def take_data_from_run(config: LSGMTrainConfig, options: dict[str, Any]) -> LSGMTrainConfig:
+    """Fill in `vae_run` from ``--vae`` or `lsgm_run` from ``--lsgm``, and, where nothing else is
+    said, the data section of that run.
 
     Raises:
-        UserError: If no run is named, or it is not one.
+        UserError: If no run is named, or two, or it is not one.
     """
-    run = options.get(VAE_RUN.name) or config.vae_run
-    if run is None:
+    named = {f"{kind}_run": options.get(kind) for kind in ("vae", "lsgm")}
+    if not any(named.values()):
+        named = {"vae_run": config.vae_run, "lsgm_run": config.lsgm_run}
+    runs = [run for run in named.values() if run is not None]
+    if not runs:
         raise UserError("--vae: give the folder of a finished VAE run, for example --vae runs/vae")
-    config = dataclasses.replace(config, vae_run=str(run))
+    if len(runs) > 1:
+        raise UserError(f"--vae, --lsgm: give one run to start from, not both {' and '.join(runs)}")
+    config = dataclasses.replace(config, **named)
     if config.data is not None:
         return config
-    return dataclasses.replace(config, data=load_run_config(run).data)
+    return dataclasses.replace(config, data=load_run_config(runs[0]).data)
 
 
 def parse_command_line(

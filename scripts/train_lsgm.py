@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lsgm.cli import run
 from lsgm.config import LSGMTrainConfig
-from lsgm.configio import OUT, RESUME, VAE_RUN, parse_command_line, take_data_from_vae_run
+from lsgm.configio import LSGM_RUN, OUT, RESUME, VAE_RUN, parse_command_line, take_data_from_run
 from lsgm.training.runs import train_lsgm
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "digits" / "lsgm.yaml"
@@ -16,9 +16,9 @@ DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "digits" / "lsgm.yam
 def main() -> None:
     line = parse_command_line(
         LSGMTrainConfig,
-        extra=(VAE_RUN, OUT, RESUME),
+        extra=(VAE_RUN, LSGM_RUN, OUT, RESUME),
         default_config=DEFAULT_CONFIG,
-        prepare=take_data_from_vae_run,
+        prepare=take_data_from_run,
         description=__doc__,
     )
     train_lsgm(line.config, line.options["out"], resume=line.options["resume"])

@@ -8,6 +8,7 @@ import pytest
 from lsgm.config import DataConfig, LSGMTrainConfig, OptimConfig, VAEConfig, VAETrainConfig
 from lsgm.config_data import NCSNTrainConfig
 from lsgm.configio import (
+    LSGM_RUN,
     OUT,
     RESUME,
     VAE_RUN,
@@ -15,7 +16,7 @@ from lsgm.configio import (
     load_run_config,
     parse_command_line,
     save_config,
-    take_data_from_vae_run,
+    take_data_from_run,
 )
 from lsgm.errors import UserError
 
@@ -168,7 +169,7 @@ def test_bad_command_line_is_one_line_with_the_option(argv, expected, capsys):
 
 def test_help_shows_every_field_and_exits_with_zero(capsys):
     with pytest.raises(SystemExit) as stop:
-        parse_command_line(LSGMTrainConfig, ["--help"], extra=(VAE_RUN, OUT, RESUME))
+        parse_command_line(LSGMTrainConfig, ["--help"], extra=(VAE_RUN, LSGM_RUN, OUT, RESUME))
     assert stop.value.code == 0
     text = capsys.readouterr().out
     for shown in (
@@ -207,12 +208,19 @@ def test_second_stage_takes_the_data_of_the_vae_run(tmp_path):
 
     def parse(*argv: str) -> LSGMTrainConfig:
         return parse_command_line(
-            LSGMTrainConfig, argv, extra=(VAE_RUN, OUT, RESUME), prepare=take_data_from_vae_run
+            LSGMTrainConfig,
+            argv,
+            extra=(VAE_RUN, LSGM_RUN, OUT, RESUME),
+            prepare=take_data_from_run,
         ).config
 
     config = parse("--vae", str(tmp_path), "--data.augment", "affine")
     assert config.vae_run == str(tmp_path)
     assert config.data == DataConfig(name="mnist", eval_binarisation_seed=3, augment="affine")
+    config = parse("--lsgm", str(tmp_path), "--add_context_blocks", "2")
+    assert (config.vae_run, config.lsgm_run) == (None, str(tmp_path))
+    assert config.data == DataConfig(name="mnist", eval_binarisation_seed=3)
+    assert "not both" in message(parse, "--vae", str(tmp_path), "--lsgm", str(tmp_path))
     assert message(parse).startswith("--vae: give the folder")
     assert "no such configuration file" in message(parse, "--vae", str(tmp_path / "none"))
 

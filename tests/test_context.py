@@ -51,6 +51,21 @@ def test_a_pixel_depends_on_exactly_the_pixels_before_it_within_reach(
     assert min(b for _, b in seen) == j - net.reach
 
 
+def test_a_deepened_context_keeps_its_log_odds_sees_further_and_learns() -> None:
+    net = context()
+    features = torch.randn(4, 6, 12, 12, dtype=torch.float64)
+    x = torch.randn(4, 1, 12, 12, dtype=torch.float64)
+    before, reach = net(features, x), net.reach
+    trained = {name: value.clone() for name, value in net.state_dict().items()}
+    net.deepen(2)
+    after = net(features, x)
+    assert (after - before).square().mean().sqrt() < 0.01 * before.std()
+    assert net.reach == reach + 2 and len(net.causal_blocks()) == 4
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in trained.items())
+    after.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in net.parameters())
+
+
 def test_the_likelihood_sums_to_one_over_all_images() -> None:
     net = context(size=3, blocks=1)
     features = torch.randn(1, 6, 3, 4, dtype=torch.float64)

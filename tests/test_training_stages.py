@@ -435,6 +435,41 @@ def test_a_vesde_run_has_the_range_of_the_encodings(vae_run: Path, tmp_path: Pat
     assert start.std().item() == pytest.approx(math.sqrt(model.sde.prior_var), rel=0.1)
 
 
+def test_a_run_goes_on_from_an_lsgm_with_a_deeper_context(tmp_path: Path) -> None:
+    """It starts at the averaged weights of the run, whose bounds the added blocks leave as they
+    are, and refuses another prior.
+    """
+    vae = replace(VAE, num_latent_scales=1, channel_mult=(1, 2), context_size=3, context_channels=6)
+    torch.manual_seed(0)
+    untrained = VAEModel(build_vae(vae, SPEC), SPEC, vae)
+    (tmp_path / "vae").mkdir()
+    save(untrained, tmp_path / "vae", DataConfig())
+    prior = PriorConfig(NETWORK)
+    first = train_lsgm(short_run(tmp_path / "vae", prior), str(tmp_path / "first"))
+    config = replace(
+        short_run(tmp_path / "vae", prior, steps=1),
+        vae_run=None,
+        lsgm_run=str(first),
+        add_context_blocks=2,
+        optim_vae=OptimConfig(lr=1e-12, lr_min=0.0),
+        optim_prior=OptimConfig(lr=1e-12, lr_min=0.0),
+    )
+    old, new = load(first), load(train_lsgm(config, str(tmp_path / "second")))
+    assert isinstance(old, LSGM) and isinstance(new, LSGM)
+    assert new.vae_config.context_blocks == vae.context_blocks + 2
+    x = 2 * (torch.rand(64, 1, 16, 16, generator=torch.Generator().manual_seed(0)) < 0.3) - 1.0
+    with torch.no_grad():
+        bounds = [m.nelbo(x, torch.Generator().manual_seed(1)) for m in (old, new)]
+    torch.testing.assert_close(bounds[1].kl, bounds[0].kl, rtol=1e-2, atol=0)  # batch statistics
+    assert not torch.equal(bounds[1].reconstruction, bounds[0].reconstruction)
+    torch.testing.assert_close(bounds[1].total, bounds[0].total, rtol=1e-2, atol=0)
+    with pytest.raises(UserError, match=r"^prior\.mixed: not that of the run that --lsgm"):
+        train_lsgm(replace(config, prior=PriorConfig(NETWORK, mixed=False)), str(tmp_path / "no"))
+    with pytest.raises(UserError, match="is not the run of an LSGM"):
+        train_lsgm(replace(config, lsgm_run=str(tmp_path / "vae")), str(tmp_path / "no"))
+    assert not (tmp_path / "no").exists()
+
+
 def test_inactive_channels_and_both_averages_are_in_the_release(
     vae_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,8 @@ image takes one small evaluation per pixel.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +23,8 @@ from vae.random import Rng, rand
 __all__ = ["AutoregressiveBernoulli", "CausalContext", "CausalConv2d"]
 
 PICTURE_SEED = 0
+ADDED_BLOCK_GAIN = 1e-2
+"""Norm of the last kernels of a block that is added to a trained context: nearly the identity."""
 
 
 class CausalConv2d(nn.Module):
@@ -128,6 +132,19 @@ class CausalContext(nn.Module):
     def causal_blocks(self) -> list[_CausalBlock]:
         """The residual blocks, in order."""
         return [block for block in self.blocks if isinstance(block, _CausalBlock)]
+
+    def deepen(self, count: int) -> None:
+        """Add ``count`` residual blocks at the end that start nearly as the identity, so that a
+        trained context keeps its log odds and gains capacity (Net2Net, arXiv 1511.05641).
+        """
+        width = self.last.weight.shape[1]
+        for _ in range(count):
+            block = _CausalBlock(width).to(self.last.weight.device, self.last.weight.dtype)
+            nn.init.constant_(block.pointwise.log_weight_norm, math.log(ADDED_BLOCK_GAIN))
+            assert block.pointwise.bias is not None
+            nn.init.zeros_(block.pointwise.bias)
+            self.blocks.append(block)
+        self.reach += count
 
     def forward(self, features: Tensor, x: Tensor) -> Tensor:
         """Log odds (B, C, H, W) for ``features`` (B, F, H, W) and an image ``x`` (B, C, H, W)."""

@@ -67,41 +67,88 @@ def train_vae(config: VAETrainConfig, out: str | None = None, *, resume: bool = 
 
 
 def train_lsgm(config: LSGMTrainConfig, out: str | None = None, *, resume: bool = False) -> Path:
-    """Train the second stage over the VAE of ``config.vae_run`` into ``out`` (default
-    ``runs/NAME``) and return the folder.
+    """Train the second stage into ``out`` (default ``runs/NAME``) and return the folder: over the
+    VAE of ``config.vae_run``, or from the LSGM of ``config.lsgm_run`` on.
 
     Raises:
-        UserError: There is no finished VAE run, it does not fit the data, or the folder holds
-            another run.
+        UserError: There is no finished run to start from, it does not fit the data or the
+            configuration, or the folder holds another run.
     """
-    if config.vae_run is None or config.data is None:
+    if config.data is None or (config.vae_run or config.lsgm_run) is None:
         raise UserError("--vae: give the folder of a finished VAE run, for example --vae runs/vae")
     with distributed(config.train.device) as world:
-        first: Any = load(config.vae_run)
+        first = _first_stage(config)
         run, datasets = open_run(config, config.data, out, resume, world)
-        if not isinstance(first, VAEModel):
-            raise UserError(f"--vae: {config.vae_run} is not the run of a VAE")
-        if isinstance(first, LSGM) and config.prior.training != "frozen":
-            raise UserError(
-                f"--vae: {config.vae_run} is the run of an LSGM, not of a VAE; only a frozen VAE "
-                "(prior.training frozen) is taken from one"
-            )
         if not _same_images(first, datasets):
+            source = config.lsgm_run or config.vae_run
             raise UserError(
-                f"--vae: {config.vae_run} is not a VAE of {datasets.spec.name} images of this size"
+                f"{source}: it is not a model of {datasets.spec.name} images of this size"
             )
         torch.manual_seed(config.train.seed)
-        prior = _fit_sde(config.prior, first, datasets, config.train.batch_size)
-        score = build_prior(prior, first.vae)
-        model = LSGM(first.vae, score, datasets.spec, first.vae_config, prior)
-        if prior.drop_inactive:
-            score.deactivate(_inactive_channels(model, datasets, config.train.batch_size))
-        stage = LSGMStage(model, config.objective, prior)
+        if config.lsgm_run is not None:
+            model = _continued(first, config)
+        else:
+            model = _with_new_prior(first, config, datasets)
+        stage = LSGMStage(model, config.objective, model.prior_config)
         optims = {"prior": config.optim_prior}
         if stage.trains_vae:
             optims["vae"] = config.optim_vae
         _fit(stage, model, datasets, config, config.data, optims, run, resume, world)
     return run.path
+
+
+def _first_stage(config: LSGMTrainConfig) -> VAEModel:
+    """The model that the second stage starts from."""
+    first: Any = load(config.lsgm_run or config.vae_run or "")
+    if config.lsgm_run is not None:
+        if not isinstance(first, LSGM):
+            raise UserError(f"--lsgm: {config.lsgm_run} is not the run of an LSGM")
+        _check_prior(first, config)
+    elif not isinstance(first, VAEModel):
+        raise UserError(f"--vae: {config.vae_run} is not the run of a VAE")
+    elif isinstance(first, LSGM) and config.prior.training != "frozen":
+        raise UserError(
+            f"--vae: {config.vae_run} is the run of an LSGM, not of a VAE: give it as --lsgm to go "
+            "on from it; only a frozen VAE (prior.training frozen) is taken from one"
+        )
+    return first
+
+
+def _check_prior(first: LSGM, config: LSGMTrainConfig) -> None:
+    """The prior of the run and of the configuration are one network for one diffusion."""
+    own = first.prior_config
+    if own.sde.kind == "vesde":  # its range was fitted to the latents
+        own = replace(own, sde=replace(own.sde, sigma2_max=config.prior.sde.sigma2_max))
+    for name in ("network", "sde", "mixed", "predict", "drop_inactive"):
+        if getattr(config.prior, name) != getattr(own, name):
+            raise UserError(
+                f"prior.{name}: not that of the run that --lsgm {config.lsgm_run} names"
+            )
+    if config.add_context_blocks and first.vae.context is None:
+        raise UserError(f"add_context_blocks: {config.lsgm_run} has a decoder without a context")
+
+
+def _with_new_prior(first: VAEModel, config: LSGMTrainConfig, datasets: Datasets) -> LSGM:
+    """The trained VAE and an untrained prior."""
+    prior = _fit_sde(config.prior, first, datasets, config.train.batch_size)
+    score = build_prior(prior, first.vae)
+    model = LSGM(first.vae, score, datasets.spec, first.vae_config, prior)
+    if prior.drop_inactive:
+        score.deactivate(_inactive_channels(model, datasets, config.train.batch_size))
+    return model
+
+
+def _continued(first: VAEModel, config: LSGMTrainConfig) -> LSGM:
+    """A trained LSGM, its decoder's context deepened as the configuration asks."""
+    assert isinstance(first, LSGM)
+    vae_config = first.vae_config
+    if config.add_context_blocks:
+        assert first.vae.context is not None
+        first.vae.context.deepen(config.add_context_blocks)
+        blocks = vae_config.context_blocks + config.add_context_blocks
+        vae_config = replace(vae_config, context_blocks=blocks)
+    prior = replace(config.prior, sde=first.prior_config.sde)
+    return LSGM(first.vae, first.score, first.spec, vae_config, prior)
 
 
 def _same_images(model: VAEModel, datasets: Datasets) -> bool:
