@@ -13,6 +13,7 @@ from lsgm.benchmark import joint
 from lsgm.benchmark.accounting import (
     DEPTHWISE,
     OTHER,
+    allocated_peak,
     count_flops,
     operator_kind,
     time_shares,
@@ -209,9 +210,24 @@ def test_joint_command_reports_every_step(monkeypatch: pytest.MonkeyPatch) -> No
     assert [line.split()[0] for line in cost.lines()[1:]] == [name.split()[0] for name in NAMES] + [
         "memory:"
     ]
+    assert max(cost.memory[joint.VAE], cost.memory[joint.PRIOR]) < cost.memory[joint.JOINT]
+    assert cost.memory[joint.JOINT] <= cost.memory[joint.VAE] + cost.memory[joint.PRIOR]
     frozen = replace(LSGM_CONFIG, prior=replace(LSGM_CONFIG.prior, training="frozen"))
     with pytest.raises(UserError, match="prior.training: frozen has no joint step"):
         measure_joint(VAE_CONFIG, frozen)
+
+
+def test_allocated_peak_is_what_tensors_take_at_once() -> None:
+    kept: list[Tensor] = []
+
+    def step(number: int) -> None:
+        a = torch.ones(1024, 1024)  # 4 MiB
+        b = a + 1  # and 4 more
+        del a, b
+        kept.append(torch.ones(1024, 256))  # 1 MiB that stays
+
+    assert allocated_peak(step, 1) == pytest.approx(8.0, abs=0.1)
+    assert allocated_peak(step, 3) == pytest.approx(10.0, abs=0.1)
 
 
 def test_ratio_of_the_joint_step() -> None:

@@ -1,13 +1,18 @@
-"""What a training step consists of: its floating-point operations, and where its time goes."""
+"""What a training step consists of: its floating-point operations, its memory, and where its time
+goes.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lsgm.training.precision import AUTOCAST_DTYPES
 
-__all__ = ["TimeShare", "count_flops", "matrix_peak", "time_shares"]
+__all__ = ["TimeShare", "allocated_peak", "count_flops", "matrix_peak", "time_shares"]
 
 DEPTHWISE = "depth-wise convolution"
 OTHER = "other"
@@ -51,6 +56,27 @@ def _backward_flops(
     *_, output_mask = args
     forward = 2 * grad_out[0] * math.prod(grad_out[2:]) * math.prod(weight)
     return forward * sum(map(bool, output_mask[:2]))
+
+
+def allocated_peak(step: Callable[[int], None], count: int) -> float:
+    """Largest memory that tensors on the CPU take during steps 0 to ``count - 1`` beyond those that
+    were there, in MiB: what PyTorch asked for, not what the C library holds on to.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        for number in range(count):
+            step(number)
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted(
+        (event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"
+    )
+    held = peak = 0
+    for _, change in changes:
+        held += change
+        peak = max(peak, held)
+    return peak / 2**20
 
 
 def matrix_peak(device: torch.device, precision: str, repeats: int = 5) -> float:

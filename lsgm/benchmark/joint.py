@@ -7,6 +7,7 @@ VAE and prior together costs no more than training each by itself.
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lsgm.benchmark.accounting import allocated_peak
 from lsgm.benchmark.training import (
     CONFIGS,
     LSGM_OPTION,
@@ -24,7 +26,6 @@ from lsgm.benchmark.training import (
     in_fresh_process,
     positive_number,
     prepare,
-    resident_peak,
     second_stage_config,
     training_step,
 )
@@ -177,15 +178,13 @@ def _memory_job(vae: VAETrainConfig, config: LSGMTrainConfig, name: str) -> tupl
     trained = sum(
         p.numel() for side in phase.stage.trainables().values() for p in side.parameters()
     )
+    steps = 2  # the optimizer's state appears in the first
     if device.type == "cpu":
-        base = resident_peak(restart=True)
-    else:
-        torch.accelerator.reset_peak_memory_stats(device)
-        base = torch.accelerator.memory_allocated(device) / MIB
-    for number in range(2):  # the optimizer's state appears in the first
+        return allocated_peak(step, steps), trained
+    torch.accelerator.reset_peak_memory_stats(device)
+    base = torch.accelerator.memory_allocated(device) / MIB
+    for number in range(steps):
         step(number)
-    if device.type == "cpu":
-        return resident_peak() - base, trained
     return torch.accelerator.max_memory_allocated(device) / MIB - base, trained
 
 
@@ -234,10 +233,13 @@ def _comparison(what: str, rounds: Sequence[Sequence[float]]) -> str:
     """The joint step against the sum of the two others, of medians and round by round."""
     ratios = joint_ratios(rounds)
     vae, prior, joint, frozen = (_median(rounds, name) for name in (VAE, PRIOR, JOINT, FROZEN))
+    spread = f"{min(ratios):.3f} to {max(ratios):.3f} in a round"
+    if len(ratios) > 1:
+        error = statistics.stdev(ratios) / math.sqrt(len(ratios))
+        spread += f", mean {statistics.fmean(ratios):.3f} +- {error:.3f} (standard error)"
     return (
         f"{what}: VAE {vae:.3f} s + prior {prior:.3f} s = {vae + prior:.3f} s, joint {joint:.3f} s "
-        f"(frozen {frozen:.3f} s); joint / (VAE + prior) {joint / (vae + prior):.3f}, "
-        f"{min(ratios):.3f} to {max(ratios):.3f} in a round"
+        f"(frozen {frozen:.3f} s); joint / (VAE + prior) {joint / (vae + prior):.3f}, {spread}"
     )
 
 
