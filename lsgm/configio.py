@@ -1,7 +1,7 @@
 """Reading configurations from YAML files and the command line, and writing them.
 
 Three layers, later ones win: the defaults of the schema (:mod:`lsgm.config`), a YAML file (read by
-OmegaConf), and ``--section.key value`` (parsed by tyro). Every mistake becomes one
+OmegaConf), and ``--section.key value`` (:mod:`lsgm.overrides`). Every mistake becomes one
 :class:`~lsgm.errors.UserError` line that names the key, the file and the nearest valid key.
 """
 
@@ -9,26 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
-import re
 import sys
-import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-import tyro
 import yaml
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lsgm.config import RETIRED_KEYS, LSGMTrainConfig, VAETrainConfig
 from lsgm.config_data import NCSNTrainConfig
-from lsgm.configkeys import describe, misfit, schema_keys, section_class, suggestion
+from lsgm.configkeys import misfit, schema_keys, suggestion
 from lsgm.errors import UserError
 from lsgm.files import atomic_write_text
+from lsgm.overrides import Option, apply_overrides, parse_tokens, split_plain
 
 __all__ = [
     "CONFIG_FILE",
@@ -37,7 +34,6 @@ __all__ = [
     "RESUME",
     "VAE_RUN",
     "CommandLine",
-    "Option",
     "load_config",
     "load_run_config",
     "parse_command_line",
@@ -48,28 +44,6 @@ __all__ = [
 
 CONFIG_FILE = "config.yaml"
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Option:
-    """A plain command-line option beside the configuration.
-
-    Attributes:
-        name: Name without dashes.
-        help: What it does.
-        metavar: Shown for the value; None makes the option a switch.
-        default: Its value when absent; a switch is off.
-    """
-
-    name: str
-    help: str
-    metavar: str | None = None
-    default: str | None = None
-
-    @property
-    def is_switch(self) -> bool:
-        return self.metavar is None
-
 
 OUT = Option("out", "run folder to write; default runs/NAME", "DIR")
 RESUME = Option("resume", "continue the run in the run folder")
@@ -101,7 +75,7 @@ def load_config(
         UserError: For a file that cannot be read, an unknown key, or a value that does not fit.
     """
     config = config_class() if path is None else _read_yaml(config_class, Path(path))
-    return _apply(config, overrides) if overrides else config
+    return apply_overrides(config, overrides) if overrides else config
 
 
 def load_run_config(run: str | Path) -> VAETrainConfig | LSGMTrainConfig | NCSNTrainConfig:
@@ -189,7 +163,7 @@ def parse_command_line(
     )
     plain = (config_option, *extra)
     wants_help = any(token in ("-h", "--help") for token in argv)
-    options, overrides = _split_plain(argv, plain, config_class, wants_help)
+    options, overrides = split_plain(argv, plain, config_class, wants_help)
     given = options.pop("config")
     chosen = given or default_config
     path = Path(chosen) if chosen else None
@@ -199,10 +173,10 @@ def parse_command_line(
         if written.is_file():
             path, config = written, load_config(config_class, written)
     if wants_help:
-        _parse(config, ["--help"], plain, prog, description or config_class.__doc__)
+        parse_tokens(config, ["--help"], plain, prog, description or config_class.__doc__)
     if prepare is not None:
         config = prepare(config, options)
-    return CommandLine(_apply(config, overrides), options, path)
+    return CommandLine(apply_overrides(config, overrides), options, path)
 
 
 def _text(path: str | Path | None) -> str | None:
@@ -293,170 +267,3 @@ def _failing_section(merged: DictConfig, prefix: str = "") -> str:
 
 def _one_line(error: object) -> str:
     return " ".join(str(error).split())
-
-
-def _groups(tokens: Sequence[str]) -> list[list[str]]:
-    """Split tokens into one group per option: the option's name and its values (``--a=b`` counts as
-    two tokens).
-    """
-    groups: list[list[str]] = []
-    for token in tokens:
-        if token.startswith("--") and len(token) > 2:
-            name, equals, value = token.partition("=")
-            groups.append(
-                [name.replace("-", "_").replace("__", "--", 1)] + ([value] if equals else [])
-            )
-        elif groups:
-            groups[-1].append(token)
-        else:
-            raise UserError(f"unexpected argument {token!r}; options look like --section.key value")
-    return groups
-
-
-def _split_plain(
-    argv: Sequence[str], plain: Sequence[Option], config_class: type, wants_help: bool
-) -> tuple[dict[str, Any], list[str]]:
-    """Take the plain options out of the tokens and check that all other names are keys of the
-    schema.
-    """
-    by_flag = {f"--{option.name}": option for option in plain}
-    options: dict[str, Any] = {option.name: False if option.is_switch else None for option in plain}
-    overrides: list[str] = []
-    valid = schema_keys(config_class)
-    for flag, *values in _groups([token for token in argv if token not in ("-h", "--help")]):
-        option = by_flag.get(flag)
-        if option is not None:
-            if len(values) != (0 if option.is_switch else 1):
-                needed = (
-                    "takes no value" if option.is_switch else f"needs one value ({option.metavar})"
-                )
-                raise UserError(f"{flag} {needed}, not {' '.join(values) or 'none'}")
-            options[option.name] = True if option.is_switch else values[0]
-        elif flag[2:] in valid:
-            overrides += [flag, *_yaml_words(valid[flag[2:]], values)]
-        elif not wants_help:
-            names = [*valid, *(option.name for option in plain)]
-            raise UserError(
-                f"unknown option {flag}{suggestion(flag[2:], names).replace('mean ', 'mean --')}"
-            )
-    return options, overrides
-
-
-def _yaml_words(hint: Any, values: list[str]) -> list[str]:
-    """Accept true, false and null as YAML writes them, and a bare switch as true."""
-    kinds = {hint, *typing.get_args(hint)}
-    if bool in kinds and not values:
-        return ["True"]
-    words = {"true": "True", "false": "False"} if bool in kinds else {}
-    if types.NoneType in kinds:
-        words |= {"null": "None", "none": "None"}
-    return [words.get(value.lower(), value) for value in values]
-
-
-def _apply(config: T, overrides: Sequence[str]) -> T:
-    """Return `config` with command-line overrides; raises UserError."""
-    _, tokens = _split_plain(overrides, (), type(config), False)
-    if not tokens:
-        return config
-    try:
-        return _parse(config, tokens)
-    except _ParseFailure as failure:
-        raise UserError(_explain(config, tokens, str(failure))) from None
-
-
-class _ParseFailure(Exception):
-    """tyro refused the tokens; the message is the first paragraph of what it would have printed."""
-
-
-def _explain(config: Any, tokens: Sequence[str], message: str) -> str:
-    """Return the line for tokens that tyro refused with `message`."""
-    constraint = re.match(r"Error parsing experiment\.?(\S*): (\w+: .*)", message)
-    if constraint:
-        section, rest = constraint.groups()
-        return f"--{section}.{rest}" if section else f"--{rest}"
-    valid = schema_keys(type(config))
-    for flag, *values in _groups(tokens):
-        try:
-            _parse(config, [flag, *values])
-        except _ParseFailure:
-            if not values:
-                return f"{flag}: needs a value (wanted: {describe(valid[flag[2:]])})"
-            return f"--{misfit(flag[2:], ' '.join(values), valid)}"
-    return message
-
-
-def _parse(
-    config: T,
-    tokens: Sequence[str],
-    plain: Sequence[Option] = (),
-    prog: str | None = None,
-    description: str | None = None,
-) -> T:
-    """Run tyro over the schema with `config` as defaults; exits only for ``--help``."""
-    config = _open_sections(config, tokens)
-    fields: list[tuple[str, Any, Any]] = [
-        (
-            option.name,
-            Annotated[
-                bool if option.is_switch else str | None,
-                tyro.conf.FlagCreatePairsOff,
-                tyro.conf.arg(help=option.help, metavar=option.metavar),
-            ],
-            False if option.is_switch else option.default,
-        )
-        for option in plain
-    ]
-    # The empty name puts the sections at the top level.
-    experiment = Annotated[  # type: ignore[valid-type]  # a type known at run time only
-        type(config),
-        tyro.conf.arg(name=""),
-        tyro.conf.FlagConversionOff,
-        tyro.conf.AvoidSubcommands,
-    ]
-    fields.append(("experiment", experiment, dataclasses.field(default=MISSING)))
-    wrapper = dataclasses.make_dataclass("CommandLineFields", fields, frozen=True)
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed):
-            parsed = tyro.cli(
-                wrapper,
-                prog=prog,
-                description=description or "",
-                args=list(tokens),
-                default=wrapper(experiment=config),
-                use_underscores=True,
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise _ParseFailure(_first_paragraph(printed.getvalue())) from None
-    except ValueError as error:  # of the outermost dataclass; those of sections tyro prints
-        raise _ParseFailure(f"Error parsing experiment: {error}") from None
-    return typing.cast(T, parsed.experiment)
-
-
-def _first_paragraph(box: str) -> str:
-    """Return the first paragraph inside the box, of line-drawing or ASCII, that tyro prints."""
-    lines: list[str] = []
-    for line in box.splitlines()[1:]:
-        text = line.strip("│| ")
-        if set(text) - set("─-+╰╯"):
-            lines.append(text)
-        elif lines:
-            break
-    return " ".join(lines)
-
-
-def _open_sections(config: T, tokens: Sequence[str]) -> T:
-    """Replace sections that are None by their defaults where the tokens (or ``--help``) ask for
-    their keys.
-    """
-    hints = typing.get_type_hints(type(config))
-    opened = {
-        item.name: section()
-        for item in dataclasses.fields(config)  # type: ignore[arg-type]
-        if getattr(config, item.name) is None
-        and (section := section_class(hints[item.name])) is not None
-        and any(token == "--help" or token.startswith(f"--{item.name}.") for token in tokens)
-    }
-    return dataclasses.replace(config, **opened) if opened else config  # type: ignore[type-var]

@@ -30,11 +30,12 @@ from lsgm.benchmark.training import (
     training_step,
 )
 from lsgm.config import LSGMTrainConfig, OptimConfig, VAETrainConfig
-from lsgm.configio import Option, parse_command_line
+from lsgm.configio import parse_command_line
 from lsgm.data.spec import DataSpec
 from lsgm.errors import UserError
 from lsgm.models import LSGM, VAEModel, build_prior, build_vae
 from lsgm.objectives import prior_losses
+from lsgm.overrides import Option
 from lsgm.training.precision import choose_device
 from lsgm.training.stages import LSGMStage, VAEStage
 from lsgm.training.state import Stage, StepContext, StepOutput

@@ -15,11 +15,12 @@ from typing import TypeVar
 import torch
 
 from lsgm.config import DataConfig, LSGMTrainConfig, OptimConfig, TrainConfig, VAETrainConfig
-from lsgm.configio import CommandLine, Option, load_config, parse_command_line
+from lsgm.configio import CommandLine, load_config, parse_command_line
 from lsgm.data import Datasets, build_datasets
 from lsgm.data.spec import DataSpec
 from lsgm.errors import UserError
 from lsgm.models import LSGM, VAEModel, build_prior, build_vae
+from lsgm.overrides import Option
 from lsgm.training.optimizers import make_optimizer
 from lsgm.training.precision import autocast, choose_device, make_scaler
 from lsgm.training.stages import LSGMStage, VAEStage

@@ -20,7 +20,8 @@ from lsgm.benchmark.training import (
     vae_stage,
 )
 from lsgm.config import VAETrainConfig
-from lsgm.configio import Option, parse_command_line
+from lsgm.configio import parse_command_line
+from lsgm.overrides import Option
 
 __all__ = ["VAECost", "measure_vae", "plain_config", "vae_command"]
 
