@@ -15,10 +15,10 @@ from lsgm.importers.official import (
     load_official_regularizer,
     load_official_vae,
     official_optimizer_slots,
-    published_names,
     read_official_checkpoint,
     vae_arguments,
 )
+from lsgm.importers.official_names import published_names
 from vae.hierarchical import HierarchicalVAE
 from vae.regularization import SpectralNormRegularizer
 

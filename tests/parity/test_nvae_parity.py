@@ -22,9 +22,9 @@ from lsgm.importers.official import (
     load_official_regularizer,
     load_official_vae,
     official_optimizer_slots,
-    published_names,
     read_official_checkpoint,
 )
+from lsgm.importers.official_names import published_names
 from vae.distributions import DiscretizedLogisticMixture, decoder_distribution
 from vae.flows import causal_mask
 from vae.hierarchical import HierarchicalVAE, VAEOutput

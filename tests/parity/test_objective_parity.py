@@ -28,9 +28,9 @@ from lsgm.configio import load_run_config
 from lsgm.importers.official import (
     load_official_regularizer,
     load_official_vae,
-    published_names,
     read_official_checkpoint,
 )
+from lsgm.importers.official_names import published_names
 from lsgm.importers.official_prior import (
     WEIGHTINGS,
     load_official_prior,
