@@ -47,7 +47,8 @@ __all__ = ["JointCost", "PriorStage", "joint_command", "measure_joint", "phases"
 
 VAE, PRIOR, FROZEN, JOINT = "VAE", "prior", "frozen VAE", "joint"
 NAMES = (VAE, PRIOR, JOINT, FROZEN)
-WARMUP_ROUNDS = 1
+WARMUP_ROUNDS = 2
+"""In the first the optimizers take their state, in the second the heap finds its size."""
 
 
 class PriorStage(Stage):

@@ -21,6 +21,7 @@ from lsgm.data.spec import DataSpec
 from lsgm.errors import UserError
 from lsgm.models import LSGM, VAEModel, build_prior, build_vae
 from lsgm.overrides import Option
+from lsgm.training.allocator import keep_freed_memory
 from lsgm.training.optimizers import make_optimizer
 from lsgm.training.precision import autocast, choose_device, make_scaler
 from lsgm.training.stages import LSGMStage, VAEStage
@@ -148,7 +149,10 @@ def time_steps(
 
 
 def prepare(train: TrainConfig, data: DataConfig) -> tuple[torch.Tensor, DataSpec]:
-    """Set threads and seed; return the first batch, on its device, and the facts about the data."""
+    """Set allocator, threads and seed as training does; return the first batch, on its device, and
+    the facts about the data.
+    """
+    keep_freed_memory()
     if train.num_threads:
         torch.set_num_threads(train.num_threads)
     torch.manual_seed(train.seed)
