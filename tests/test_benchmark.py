@@ -13,9 +13,9 @@ from lsgm.benchmark import joint
 from lsgm.benchmark.accounting import (
     DEPTHWISE,
     OTHER,
-    allocated_peak,
     count_flops,
     operator_kind,
+    peak_memory,
     time_shares,
 )
 from lsgm.benchmark.joint import NAMES, PriorStage, joint_ratios, measure_joint, phases
@@ -217,7 +217,7 @@ def test_joint_command_reports_every_step(monkeypatch: pytest.MonkeyPatch) -> No
         measure_joint(VAE_CONFIG, frozen)
 
 
-def test_allocated_peak_is_what_tensors_take_at_once() -> None:
+def test_peak_memory_is_what_tensors_take_at_once() -> None:
     kept: list[Tensor] = []
 
     def step(number: int) -> None:
@@ -226,8 +226,8 @@ def test_allocated_peak_is_what_tensors_take_at_once() -> None:
         del a, b
         kept.append(torch.ones(1024, 256))  # 1 MiB that stays
 
-    assert allocated_peak(step, 1) == pytest.approx(8.0, abs=0.1)
-    assert allocated_peak(step, 3) == pytest.approx(10.0, abs=0.1)
+    assert peak_memory(step, 1, torch.device("cpu")) == pytest.approx(8.0, abs=0.1)
+    assert peak_memory(step, 3, torch.device("cpu")) == pytest.approx(10.0, abs=0.1)
 
 
 def test_ratio_of_the_joint_step() -> None:

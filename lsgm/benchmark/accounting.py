@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lsgm.training.precision import AUTOCAST_DTYPES
 
-__all__ = ["TimeShare", "allocated_peak", "count_flops", "matrix_peak", "time_shares"]
+__all__ = ["TimeShare", "count_flops", "matrix_peak", "peak_memory", "time_shares"]
 
 DEPTHWISE = "depth-wise convolution"
 OTHER = "other"
@@ -58,10 +58,20 @@ def _backward_flops(
     return forward * sum(map(bool, output_mask[:2]))
 
 
-def allocated_peak(step: Callable[[int], None], count: int) -> float:
-    """Largest memory that tensors on the CPU take during steps 0 to ``count - 1`` beyond those that
-    were there, in MiB: what PyTorch asked for, not what the C library holds on to.
+def peak_memory(step: Callable[[int], None], count: int, device: torch.device) -> float:
+    """Largest memory that tensors take during steps 0 to ``count - 1`` beyond those that were
+    there, in MiB: what PyTorch asked for, not what the C library holds on to.
     """
+    if device.type == "cpu":
+        return _allocated_peak(step, count)
+    torch.accelerator.reset_peak_memory_stats(device)
+    base = torch.accelerator.memory_allocated(device)
+    for number in range(count):
+        step(number)
+    return (torch.accelerator.max_memory_allocated(device) - base) / 2**20
+
+
+def _allocated_peak(step: Callable[[int], None], count: int) -> float:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for number in range(count):
             step(number)

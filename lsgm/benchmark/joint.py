@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lsgm.benchmark.accounting import allocated_peak
+from lsgm.benchmark.accounting import peak_memory
 from lsgm.benchmark.training import (
     CONFIGS,
     LSGM_OPTION,
-    MIB,
     StepCost,
     in_fresh_process,
     positive_number,
@@ -179,18 +178,11 @@ def _times_job(vae: VAETrainConfig, config: LSGMTrainConfig, repeats: int) -> Ti
 def _memory_job(vae: VAETrainConfig, config: LSGMTrainConfig, name: str) -> tuple[float, int]:
     """Peak memory of two steps beyond the weights, in MiB, and the number of trained parameters."""
     phase = phases(vae, config, [name])[name]
-    step, device = phase.step(config.train.precision), phase.data.device
     trained = sum(
         p.numel() for side in phase.stage.trainables().values() for p in side.parameters()
     )
     steps = 2  # the optimizer's state appears in the first
-    if device.type == "cpu":
-        return allocated_peak(step, steps), trained
-    torch.accelerator.reset_peak_memory_stats(device)
-    base = torch.accelerator.memory_allocated(device) / MIB
-    for number in range(steps):
-        step(number)
-    return torch.accelerator.max_memory_allocated(device) / MIB - base, trained
+    return peak_memory(phase.step(config.train.precision), steps, phase.data.device), trained
 
 
 @dataclass(frozen=True)

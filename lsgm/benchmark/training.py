@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from typing import TypeVar
 
 import torch
 
+from lsgm.benchmark.accounting import peak_memory
 from lsgm.config import DataConfig, LSGMTrainConfig, OptimConfig, TrainConfig, VAETrainConfig
 from lsgm.configio import CommandLine, load_config, parse_command_line
 from lsgm.data import Datasets, build_datasets
@@ -35,7 +34,6 @@ __all__ = [
     "measure_vae_step",
     "positive_number",
     "prepare",
-    "resident_peak",
     "second_stage_config",
     "time_steps",
     "train_command",
@@ -44,7 +42,6 @@ __all__ = [
 ]
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
-MIB = 2**20
 WARMUP_STEPS = 2
 T = TypeVar("T")
 
@@ -53,9 +50,8 @@ T = TypeVar("T")
 class StepCost:
     """Cost of one optimizer step.
 
-    ``seconds``: median; ``images_per_second``: batch size over it; ``peak_memory``: MiB, on an
-    accelerator what its allocator held at most, on a CPU the growth of the process's resident
-    memory; ``repeats``: number of timed steps.
+    ``seconds``: median; ``images_per_second``: batch size over it; ``peak_memory``: MiB that
+    tensors take beyond weights and data; ``repeats``: number of timed steps.
     """
 
     name: str
@@ -79,20 +75,6 @@ class StepCost:
         widths = (12, 10, 7, 14, 10, 16, 6)
         first, *rest = zip(names, widths, strict=True)
         return f"{first[0]:<{first[1]}}" + "".join(f"{name:>{width}}" for name, width in rest)
-
-
-def resident_peak(*, restart: bool = False) -> float:
-    """Largest resident set of this process, in MiB: since the last restart on Linux, which counts
-    from what is resident then; elsewhere since the process began.
-    """
-    try:
-        if restart:
-            Path("/proc/self/clear_refs").write_text("5")
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) / 1024
-    except (OSError, IndexError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / (MIB if sys.platform == "darwin" else 1024)
 
 
 def training_step(
@@ -132,18 +114,13 @@ def time_steps(
     repeats: int,
 ) -> StepCost:
     """Median cost of ``step`` on the images ``data``, after two steps to warm up."""
-    device = data.device
-    seconds, base = [], resident_peak(restart=True)
-    for number in range(repeats + WARMUP_STEPS):
+    peak = peak_memory(step, WARMUP_STEPS, data.device)  # the first makes the optimizer's state
+    seconds = []
+    for number in range(WARMUP_STEPS, WARMUP_STEPS + repeats):
         start = time.perf_counter()
         step(number)
         seconds.append(time.perf_counter() - start)
-    peak = (
-        torch.accelerator.max_memory_allocated(device) / MIB
-        if device.type != "cpu"
-        else resident_peak() - base
-    )
-    median = statistics.median(seconds[WARMUP_STEPS:])
+    median = statistics.median(seconds)
     size = sum(p.numel() for p in stage.parameters() if p.requires_grad)
     return StepCost(name, len(data), size, median, len(data) / median, peak, repeats)
 

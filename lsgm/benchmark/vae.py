@@ -77,7 +77,7 @@ def _job(config: VAETrainConfig, repeats: int, plain: bool) -> VAECost:
     step = training_step(stage, {"vae": config.optim_vae}, data, train.precision)
     if train.compile:
         stage.compile()
-    # First of all: what follows would hide the memory that the steps need.
+    # First of all: the optimizer's state belongs to the memory of the steps.
     cost = time_steps("VAE plain" if plain else "VAE", stage, step, data, repeats)
     flops = count_flops(step, repeats)
     shares = time_shares(step, repeats, data.device)
