@@ -191,12 +191,17 @@ def test_a_signal_stops_after_the_step_and_says_how_to_go_on(tmp_path, whole, nu
 
 
 def test_the_second_signal_is_not_held_back():
-    with pytest.raises(KeyboardInterrupt), StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.01)
-        assert stop and stop.number == signal.SIGINT
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(1)
+    # A shell starts background processes with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            assert stop and stop.number == signal.SIGINT
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_the_command_to_resume(monkeypatch):
