@@ -1,4 +1,6 @@
-"""What every script does around its main function: errors become one line and an exit code."""
+"""What every script does around its main function: the allocator is set, and errors become one line
+and an exit code.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
+from lsgm.allocator import keep_freed_memory
 from lsgm.errors import UserError
 
 __all__ = ["EXIT_INTERRUPTED", "EXIT_OTHER", "EXIT_USER_ERROR", "run"]
@@ -25,6 +28,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     A user's mistake and a full disk are one line on stderr; an unexpected exception keeps its
     traceback.
     """
+    keep_freed_memory()
     try:
         main()
     except UserError as error:

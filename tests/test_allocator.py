@@ -14,7 +14,7 @@ def faults_of_a_freed_block(setup: str) -> int:
     code = f"""
     import resource
     import torch
-    from lsgm.training.allocator import keep_freed_memory
+    from lsgm.allocator import keep_freed_memory
 
     {setup}
     for _ in range(3):

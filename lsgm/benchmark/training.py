@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 
+from lsgm.allocator import keep_freed_memory
 from lsgm.benchmark.accounting import peak_memory
 from lsgm.config import DataConfig, LSGMTrainConfig, OptimConfig, TrainConfig, VAETrainConfig
 from lsgm.configio import CommandLine, load_config, parse_command_line
@@ -20,7 +21,6 @@ from lsgm.data.spec import DataSpec
 from lsgm.errors import UserError
 from lsgm.models import LSGM, VAEModel, build_prior, build_vae
 from lsgm.overrides import Option
-from lsgm.training.allocator import keep_freed_memory
 from lsgm.training.optimizers import make_optimizer
 from lsgm.training.precision import autocast, choose_device, make_scaler
 from lsgm.training.stages import LSGMStage, VAEStage

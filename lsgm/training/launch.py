@@ -11,7 +11,6 @@ from lsgm.configio import save_config
 from lsgm.data import Batches, Datasets, build_datasets
 from lsgm.errors import UserError
 from lsgm.files import RunFolder
-from lsgm.training.allocator import keep_freed_memory
 from lsgm.training.distributed import World, on_main
 from lsgm.training.loop import EvalContext, fit
 from lsgm.training.state import Stage, TrainState
@@ -68,7 +67,6 @@ def fit_run(
     Raises:
         UserError: The batch does not fit the data, or what :func:`lsgm.training.loop.fit` raises.
     """
-    keep_freed_memory()
     train = config.train
     try:
         batches = Batches(

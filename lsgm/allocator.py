@@ -1,4 +1,4 @@
-"""The C library's allocator, set for the steps of training on a CPU."""
+"""The C library's allocator, set for networks on a CPU."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def keep_freed_memory() -> bool:
     """Let the process keep the memory of freed tensors for the next ones; True if that is so.
 
     By default glibc returns every large block to the system when it is freed. A step of training
-    asks for the same gigabytes again each time, and the system clears them page by page: a
-    fourth of the time of a joint step of the paper's OMNIGLOT model on two cores. The process's
+    or a batch of an evaluation asks for the same gigabytes again each time, and the system clears
+    them page by page: up to a half of the processor's time. The process's
     resident memory then stays at its peak. Where the C library has no such setting nothing is
     done.
     """
