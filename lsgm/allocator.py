@@ -17,9 +17,8 @@ def keep_freed_memory() -> bool:
 
     By default glibc returns every large block to the system when it is freed. A step of training
     or a batch of an evaluation asks for the same gigabytes again each time, and the system clears
-    them page by page: up to a half of the processor's time. The process's
-    resident memory then stays at its peak. Where the C library has no such setting nothing is
-    done.
+    them page by page: up to a half of the processor's time. The process's resident memory then
+    stays at its peak. Where the C library has no such setting nothing is done.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
