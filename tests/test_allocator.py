@@ -17,7 +17,7 @@ def faults_of_a_freed_block(setup: str) -> int:
     from lsgm.allocator import keep_freed_memory
 
     {setup}
-    # Seven crumbs of aligned blocks stay in glibc's cache of a thread and keep neighbours apart.
+    # The heap needs several blocks to find its size.
     for _ in range(24):
         torch.ones(2**24)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

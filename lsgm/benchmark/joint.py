@@ -22,6 +22,7 @@ from lsgm.benchmark.accounting import peak_memory
 from lsgm.benchmark.training import (
     CONFIGS,
     LSGM_OPTION,
+    WARMUP_STEPS,
     StepCost,
     in_fresh_process,
     positive_number,
@@ -46,8 +47,6 @@ __all__ = ["JointCost", "PriorStage", "joint_command", "measure_joint", "phases"
 
 VAE, PRIOR, FROZEN, JOINT = "VAE", "prior", "frozen VAE", "joint"
 NAMES = (VAE, PRIOR, JOINT, FROZEN)
-WARMUP_ROUNDS = 2
-"""In the first the optimizers take their state, in the second the heap finds its size."""
 
 
 class PriorStage(Stage):
@@ -165,14 +164,14 @@ def _times_job(vae: VAETrainConfig, config: LSGMTrainConfig, repeats: int) -> Ti
     steps = {name: phase.step(config.train.precision) for name, phase in made.items()}
     rounds: Times = []
     shuffled = random.Random(0)
-    for number in tqdm(range(WARMUP_ROUNDS + repeats), "rounds", leave=False, disable=None):
+    for number in tqdm(range(WARMUP_STEPS + repeats), "rounds", leave=False, disable=None):
         spent = dict.fromkeys(NAMES, (0.0, 0.0))
         for name in shuffled.sample(NAMES, len(NAMES)):
             start, cpu_start = time.perf_counter(), time.process_time()
             steps[name](number)
             spent[name] = (time.perf_counter() - start, time.process_time() - cpu_start)
         rounds.append([spent[name] for name in NAMES])
-    return rounds[WARMUP_ROUNDS:]
+    return rounds[WARMUP_STEPS:]
 
 
 def _memory_job(vae: VAETrainConfig, config: LSGMTrainConfig, name: str) -> tuple[float, int]:
@@ -181,8 +180,8 @@ def _memory_job(vae: VAETrainConfig, config: LSGMTrainConfig, name: str) -> tupl
     trained = sum(
         p.numel() for side in phase.stage.trainables().values() for p in side.parameters()
     )
-    steps = 2  # the optimizer's state appears in the first
-    return peak_memory(phase.step(config.train.precision), steps, phase.data.device), trained
+    step = phase.step(config.train.precision)
+    return peak_memory(step, WARMUP_STEPS, phase.data.device), trained
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ __all__ = [
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 WARMUP_STEPS = 2
+"""In the first the optimizers take their state, in the second the heap finds its size."""
 T = TypeVar("T")
 
 
@@ -114,7 +115,7 @@ def time_steps(
     repeats: int,
 ) -> StepCost:
     """Median cost of ``step`` on the images ``data``, after two steps to warm up."""
-    peak = peak_memory(step, WARMUP_STEPS, data.device)  # the first makes the optimizer's state
+    peak = peak_memory(step, WARMUP_STEPS, data.device)
     seconds = []
     for number in range(WARMUP_STEPS, WARMUP_STEPS + repeats):
         start = time.perf_counter()
@@ -126,7 +127,7 @@ def time_steps(
 
 
 def prepare(train: TrainConfig, data: DataConfig) -> tuple[torch.Tensor, DataSpec]:
-    """Set allocator, threads and seed as training does; return the first batch, on its device, and
+    """Set allocator, threads and seed as the scripts do; return the first batch, on its device, and
     the facts about the data.
     """
     keep_freed_memory()
