@@ -213,7 +213,7 @@ class LSGM(VAEModel):
         super().__init__(vae, spec, vae_config)
         self.score = score
         self.prior_config = prior_config
-        self.reference = NormalReference.of(score.sde, make_weighting("likelihood"))
+        self.reference = NormalReference.of(score.sde)
 
     @property
     def sde(self) -> LinearSDE:

@@ -31,7 +31,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -131,7 +130,7 @@ def endpoint_cross_entropy(sde: LinearSDE, x0: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NormalReference:
-    """The likelihood-weighted error of the Normal component, and its exact expectation.
+    r"""The likelihood-weighted error of the Normal component, and its exact expectation.
 
     With ``N(z_t, t) = c(t) z_t`` the expectation over noise and time of ``w_q / density * (N -
     eps)^2`` is ``slope z_0^2 + offset`` an element, where ``slope = int w_q c^2 m^2 dt`` and
@@ -143,27 +142,28 @@ class NormalReference:
     offset: float
 
     @classmethod
-    def of(cls, sde: LinearSDE, likelihood: Weighting, panels: int = 125) -> NormalReference:
-        """Integrate in the logarithm of the variance, where the integrand is smooth: Gauss-Legendre
-        quadrature with 32 nodes in each of `panels` equal parts.
+    def of(cls, sde: LinearSDE) -> NormalReference:
+        r"""Both integrals in closed form, for every linear SDE.
+
+        The kernel ``q_t = N(m z_0, v)`` and ``p_t = N(0, T)`` with ``T`` the total variance follow
+        the same diffusion, so (2106.05931, theorem 1) ``d/dt KL(q_t || p_t)`` is minus the
+        integrand, and what is left of ``KL = (m^2 z_0^2 / T + v / T - 1 - ln(v / T)) / 2`` are
+        its values at the two ends. No shape of ``v(t)`` is assumed: sub-VP's falls at first where
+        ``sigma2_0 > 0``.
+
+        Raises:
+            ValueError: The kernel has no variance at ``t_min``, where the integral diverges.
         """
-        low, high = (
-            math.log(sde.var(torch.tensor(t, dtype=torch.float64)).item()) for t in (sde.t_min, 1.0)
-        )
-        # Many small rules: finding the nodes of one large rule takes seconds.
-        x, w = np.polynomial.legendre.leggauss(32)
-        half = (high - low) / panels / 2
-        starts = low + 2 * half * np.arange(panels)
-        points = torch.from_numpy((starts[:, None] + half * (x + 1)).ravel())
-        t = sde.inverse_var(points.exp()).clamp(sde.t_min, 1.0)
-        log_var = sde.var(t).log()
-        # d t / d ln v = v / v', and v' = 2 f v + g^2 for every linear SDE (2011.13456, eq. 5.53)
-        rate = 2 * sde.f(t) + sde.g2(t) / log_var.exp()
-        weight = torch.from_numpy(np.tile(half * w, panels)) / rate * likelihood(sde, t)
-        sigma = sde.var(t).sqrt()
-        c = sde.normal_component(torch.ones_like(t), t)
-        slope = (weight * (c * sde.mean_coef(t)).square()).sum().item()
-        return cls(sde, slope, (weight * (c * sigma - 1).square()).sum().item())
+        ends = torch.tensor([sde.t_min, 1.0], dtype=torch.float64)
+        signal, total = sde.mean_coef(ends).square(), sde.total_var(ends)
+        if not (sde.var(ends) > 0).all():
+            raise ValueError(f"the kernel has no variance at t = {sde.t_min}, so no finite bound")
+        slope = 0.5 * signal / total
+        # v / T = 1 - share, and v / T - 1 - ln(v / T) without cancellation where v is close to T
+        share = (1 - sde.initial_var) * signal / total
+        ratio = torch.where(share < 0.5, torch.log1p(-share), (sde.var(ends) / total).log())
+        offset = -0.5 * (share + ratio)
+        return cls(sde, (slope[0] - slope[1]).item(), (offset[0] - offset[1]).item())
 
     def expected(self, x0: Tensor) -> Tensor:
         """Expectation an element, ``(B, *shape)``."""

@@ -70,7 +70,7 @@ class LinearSDE(ABC):
 
     @abstractmethod
     def inverse_var(self, v: Tensor) -> Tensor:
-        """The time at which the kernel has variance ``v``."""
+        """The time at which the kernel has variance ``v``; the last one where there are more."""
 
     def one_minus_var(self, t: Tensor) -> Tensor:
         """``1 - var(t)`` without cancellation where ``var`` is close to one."""
@@ -233,7 +233,7 @@ class SubVPSDE(_LinearBetaSDE):
     def inverse_var(self, v: Tensor) -> Tensor:
         """Inverse of ``var``, with ``sigma2_0 > 0`` on its rising branch.
 
-        That is ``1 - exp(-B) >= sigma2_0 / 2``; before, ``var`` falls.
+        That is ``1 - exp(-B) >= sigma2_0 / 2``; before, ``var`` falls, so that it is no clock.
         """
         risen = 0.5 * (
             self.sigma2_0 + (self.sigma2_0**2 + 4 * (v - self.sigma2_0)).clamp(min=0).sqrt()

@@ -170,7 +170,7 @@ class TabulatedTimes(TimeProposal):
     estimates stay unbiased whatever the table's resolution.
 
     Args:
-        density: of float64 ``t (N,)``, positive, up to a factor.
+        density: of float64 ``t (N,)``, positive, up to a factor; it may vanish at ``t_min``.
         t_min: lower end.
         size: nodes, half of them evenly spaced in ``t`` and half in ``ln t``.
 
@@ -186,6 +186,9 @@ class TabulatedTimes(TimeProposal):
         )
         nodes = torch.unique(torch.cat([even, geometric]))
         heights = density(nodes)
+        if heights[0] == 0:
+            # e.g. the likelihood's where g2(0) = 0: a weight 0 / 0 must not be drawn
+            heights[0] = 0.5 * heights[1]
         if not bool(((heights > 0) & heights.isfinite()).all()):
             raise ValueError(
                 f"the density must be finite and positive on [{t_min}, 1]; "

@@ -16,6 +16,7 @@ CASES: dict[str, LinearSDE] = {
     "geometric-s0": GeometricVPSDE(1e-4, 0.99, 1e-3, 1e-2),
     "subvp": SubVPSDE(),
     "subvp-s0": SubVPSDE(0.2, 15.0, 1e-3, 2e-2),
+    "subvp-dip": SubVPSDE(0.1, 20.0, 0.05, 0.0),  # its variance falls from 0.05 before it rises
     "ve": VESDE(),
     "ve-wide": VESDE(1e-4, 5e4, 0.0),
 }

@@ -9,6 +9,8 @@ import math
 import pytest
 import torch
 from oracles import GaussianOracle
+from quadrature import integrate, panels
+from sde_cases import all_sdes
 from torch import Tensor, nn
 
 from lsgm.objectives import (
@@ -210,11 +212,92 @@ def test_normal_reference_closes_the_bound_pointwise(sde: LinearSDE, tolerance: 
     """The reverse process of N(0, I) is the exact posterior path, so integral and ends give -log
     N(z_0; 0, I) for every z_0.
     """
-    reference = NormalReference.of(sde, make_weighting("likelihood"))
+    reference = NormalReference.of(sde)
     z0 = torch.tensor([[0.0, 0.0], [1.0, -1.0], [3.0, 0.5]], dtype=torch.float64)
     bound = sum_except_batch(reference.expected(z0)) + endpoint_cross_entropy(sde, z0)
     exact = 0.5 * z0.square().sum(1) + math.log(2 * math.pi)
     torch.testing.assert_close(bound, exact, rtol=0, atol=tolerance)
+
+
+@all_sdes
+def test_normal_reference_is_its_integral_over_time(sde: LinearSDE) -> None:
+    """Against quadrature in ``t``: no shape of the variance's course is assumed, and sub-VP's
+    falls at first where ``sigma2_0 > 0``.
+    """
+    likelihood, ends = make_weighting("likelihood"), panels(sde.t_min, 400)
+
+    def slope(t: Tensor) -> Tensor:
+        c = sde.var(t).sqrt() / sde.total_var(t)
+        return likelihood(sde, t) * (c * sde.mean_coef(t)).square()
+
+    def offset(t: Tensor) -> Tensor:
+        return likelihood(sde, t) * (sde.var(t) / sde.total_var(t) - 1).square()
+
+    reference = NormalReference.of(sde)
+    assert reference.slope == pytest.approx(integrate(slope, sde.t_min, ends), rel=1e-12)
+    assert reference.offset == pytest.approx(integrate(offset, sde.t_min, ends), rel=1e-12)
+
+
+def test_normal_reference_needs_variance_at_the_cutoff() -> None:
+    with pytest.raises(ValueError, match=r"no variance at t = 0"):
+        NormalReference.of(VPSDE(time_eps=0.0))
+
+
+@all_sdes
+def test_the_bound_of_normal_data_is_their_entropy(sde: LinearSDE) -> None:
+    """256 dimensions, as evaluation computes it: data from N(0, I), their exact score, the control
+    variate. The mean is ``0.5 d ln(2 pi e)``, here 363.25 nats, and what the prior of the SDE
+    misses of its marginal at t = 1.
+    """
+    n, d = 4000, 256
+    rng = torch.Generator().manual_seed(0)
+    likelihood = make_weighting("likelihood")
+    oracle = GaussianOracle(sde, torch.zeros(d), torch.ones(d))
+    z0 = torch.randn(n, d, generator=rng, dtype=torch.float64)
+    times = make_proposal("importance", sde, likelihood).sample(n, rng, stratified=True)
+    bound = latent_cross_entropy(
+        sde, oracle.eps, z0, times, likelihood, rng, reference=NormalReference.of(sde)
+    ).bound
+    end = torch.ones(1, dtype=torch.float64)
+    ratio = ((sde.mean_coef(end).square() + sde.var(end)) / sde.prior_var).item()
+    exact = 0.5 * d * (1 + math.log(2 * math.pi) + ratio - 1 - math.log(ratio))
+    # -log N(z_0; 0, I) has the same mean and nearly the same value
+    log_p = -0.5 * sum_except_batch(z0.square() + math.log(2 * math.pi))
+    values = bound + log_p + 0.5 * d * (1 + math.log(2 * math.pi))
+    error = values.std().item() / math.sqrt(n)
+    assert error < 0.25
+    assert abs(values.mean().item() - exact) < 4 * error + 1e-3
+
+
+@all_sdes
+def test_the_encoders_gradient_of_normal_data_is_exact(sde: LinearSDE) -> None:
+    """With the control variate and the Normal component as the network nothing random is left of
+    the encoder's gradient: it is ``2 slope z_0`` with the integral's slope.
+    """
+    likelihood = make_weighting("likelihood")
+    z0 = torch.tensor([[0.8, -1.1, 2.0]], dtype=torch.float64).requires_grad_()
+
+    def slope(t: Tensor) -> Tensor:
+        c = sde.var(t).sqrt() / sde.total_var(t)
+        return likelihood(sde, t) * (c * sde.mean_coef(t)).square()
+
+    def normal(x_t: Tensor, t: Tensor) -> Tensor:
+        return sde.normal_component(x_t, t)
+
+    losses = prior_losses(
+        sde,
+        normal,
+        z0,
+        weighting_p=likelihood,
+        proposal_p=make_proposal("importance", sde, likelihood),
+        likelihood=likelihood,
+        reference=NormalReference.of(sde),
+        rng=torch.Generator().manual_seed(0),
+    )
+    (gradient,) = torch.autograd.grad(losses.surrogate, z0)
+    exact = 2 * integrate(slope, sde.t_min, panels(sde.t_min, 400)) * z0.detach()
+    # prior_losses rounds the network's answer to float32
+    torch.testing.assert_close(gradient, exact, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("sde", SDES, ids=lambda s: type(s).__name__)
@@ -222,7 +305,7 @@ def test_normal_reference_is_the_expectation_of_its_samples(sde: LinearSDE) -> N
     n = 200_000
     rng = torch.Generator().manual_seed(0)
     likelihood = make_weighting("likelihood")
-    reference = NormalReference.of(sde, likelihood)
+    reference = NormalReference.of(sde)
     times = make_proposal("importance", sde, likelihood).sample(n, rng)
     eps = torch.randn(n, 1, generator=rng, dtype=torch.float64)
     for value in (0.0, 1.7):
@@ -243,7 +326,7 @@ def test_control_variate_keeps_the_gradient_and_lowers_its_variance() -> None:
     score.mixing_logit.data.fill_(-3.0)
     likelihood = make_weighting("likelihood")
     proposal = make_proposal("importance", sde, likelihood)
-    reference = NormalReference.of(sde, likelihood)
+    reference = NormalReference.of(sde)
     z = torch.randn(1, 4, 2, 2, dtype=torch.float64).expand(4000, -1, -1, -1)
     results = {}
     for name, control in (("without", None), ("with", reference)):

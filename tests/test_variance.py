@@ -100,7 +100,7 @@ def test_gradients_are_those_of_a_training_step(weighting: str, stratified: bool
     """
     sde = VPSDE()
     score, latents, encoder = toy(sde)
-    reference = NormalReference.of(sde, LIKELIHOOD)
+    reference = NormalReference.of(sde)
     estimator = Estimator(weighting, "importance", stratified)
     found = step_gradients(score, sde, latents, estimator, reference, seed=5)
     w = make_weighting(weighting)

@@ -232,7 +232,7 @@ def study(
     if repeats < 3:
         raise UserError(f"--repeats: needs at least 3, not {repeats}")
     sde = score.sde
-    reference = NormalReference.of(sde, make_weighting("likelihood"))
+    reference = NormalReference.of(sde)
     found: dict[tuple[Estimator, str, bool], GradientNoise] = {}
     for estimator in progress(list(estimators(sde, weightings))):
         draws: dict[tuple[str, bool], list[Tensor]] = {}

@@ -149,9 +149,7 @@ class LSGMStage(Stage):
         self.proposal_q = (
             None if name_q == "same" else self._proposal("proposal_q", name_q, self.likelihood)
         )
-        self.reference = (
-            NormalReference.of(model.sde, self.likelihood) if prior.control_variate else None
-        )
+        self.reference = NormalReference.of(model.sde) if prior.control_variate else None
         self.update_q_ema = prior.update_q_ema
         self._average_prior: tuple[
             EpsFn, ...
