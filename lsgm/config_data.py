@@ -138,6 +138,10 @@ class ScoreObjectiveConfig:
     optimal: less where data that are N(0, I) have no error, LSGM's choice (2106.05931)."""
     stratified_times: bool = True
     """Spread the times of a batch evenly over the proposal: less variance, same mean."""
+    reduction: Literal["mean", "sum", "half_sum"] = "mean"
+    """Scale of the loss, which optim.clip_norm and optim.eps are relative to: over an image's
+    values the mean (score-SDE's reduce_mean), the sum, or half the sum, as published for variance-
+    exploding models and NCSN. The log shows the mean always."""
     label_dropout: float = 0.1
     """score.class_conditional: fraction of images whose class is hidden in training, so that the
     network can do without (classifier-free guidance)."""

@@ -18,6 +18,7 @@ from lsgm.config_data import (
 )
 from lsgm.data import ArrayDataset, Batches, Datasets, DataSpec, LabelledImages
 from lsgm.datasgm import build_data_model
+from lsgm.divergence import HutchinsonDivergence
 from lsgm.errors import UserError
 from lsgm.noise_ladder import NoiseLadder
 from lsgm.training.classifier_stage import ClassifierStage
@@ -103,6 +104,85 @@ def test_score_sde_loss_is_the_integral_over_time(kind, weighting, proposal):
     )
 
 
+def published_ve_loss(model, x, rng, *, reduce_mean):
+    """2011.13456, eq. 7 with ``lambda = sigma^2``, in the units and with the reduction published:
+    the score of the noisy image against ``-eps / sigma``.
+    """
+    sde = model.sde
+    eps = torch.randn(x.shape, generator=rng)
+    u = torch.rand(len(x), generator=rng, dtype=torch.float64)
+    t = sde.t_min + (1 - sde.t_min) * u
+    sigma = sde.var(t).sqrt().float()[:, None, None, None]
+    score = -model.score(x + sigma * eps, t.float()) / sigma
+    losses = (sigma * score + eps).square().flatten(1)
+    return (losses.mean(1) if reduce_mean else 0.5 * losses.sum(1)).mean()
+
+
+def gradient_norm(loss, model):
+    gradients = torch.autograd.grad(loss, list(model.score.parameters()))
+    return torch.nn.utils.get_total_norm(gradients).item()
+
+
+def test_the_loss_has_the_published_scale_that_clipping_sees():
+    """``half_sum`` is what published VE models are clipped by, at norm 1: half of D times the
+    gradient of the mean, whose logged value stays the mean.
+    """
+    sde = SDEConfig(kind="vesde", sigma2_min=1e-4, sigma2_max=100.0, time_eps=1e-5)
+    model = build(sde=sde, data_std=0.0, dequantise=False)
+    with torch.no_grad():
+        for p in model.score.parameters():  # the fresh output layer is zero
+            p += 0.1 * torch.randn(p.shape, generator=rng(3))
+    images = torch.rand(64, 1, 4, 4, generator=rng())
+    x = model.pixels.to_network(images, rng(), noise=True)
+    norms, logged = {}, []
+    for reduction in ("mean", "sum", "half_sum"):
+        objective = ScoreObjectiveConfig(reduction=reduction, stratified_times=False)
+        output = ScoreStage(model, objective)(images, StepContext(0, 1, rng(1)))
+        norms[reduction] = gradient_norm(output.loss, model)
+        logged.append(output.metrics["loss"].item())
+        if reduction != "sum":
+            published = published_ve_loss(model, x, rng(1), reduce_mean=reduction == "mean")
+            assert output.loss.item() == pytest.approx(published.item(), rel=1e-4)
+            assert norms[reduction] == pytest.approx(gradient_norm(published, model), rel=1e-4)
+    assert norms["half_sum"] == pytest.approx(8 * norms["mean"], rel=1e-5)
+    assert norms["sum"] == pytest.approx(16 * norms["mean"], rel=1e-5)
+    assert logged[1:] == pytest.approx(logged[:1] * 2)
+
+
+@pytest.mark.parametrize("estimator", ["dsm", "ssm", "ssm_vr"])
+def test_half_the_sum_is_ncsns_loss(estimator):
+    """1907.05600, eq. 5: ``sigma^2 / 2 (score + z / sigma)^2``; sliced, ``sigma^2 (v^T ds/dx v +
+    (v^T s)^2 / 2)``. The constant D / 2 apart, which no gradient sees.
+    """
+    model = build("ncsn", ladder=LadderConfig(2.0, 0.05, 6), data_range="unit", dequantise=False)
+    model = model.with_score(Exact(model.sde))
+    objective = ScoreObjectiveConfig(estimator=estimator, reduction="half_sum")
+    images = torch.rand(600, 1, 4, 4, generator=rng())
+    stage = ScoreStage(model, objective)
+    output = stage(images, StepContext(0, 1, rng(1)))
+    x = model.pixels.to_network(images, rng(), noise=True)
+    # the same draws: noise, times, projections
+    noise = rng(1)
+    eps = torch.randn(x.shape, generator=noise)
+    t = stage.proposal.sample(len(x), noise, stratified=True).t.float()
+    sigma = model.sde.var(t).sqrt()[:, None, None, None]
+    x_t = x + sigma * eps
+    if estimator == "dsm":
+        score = -model.score(x_t, t) / sigma
+        expected = 0.5 * sigma.square() * (score + eps / sigma).square()
+    else:
+        v = HutchinsonDivergence(num_probes=1).probe(x, noise)[0]
+        slope = -1 / (STD**2 + sigma.square())
+        score = slope * (x_t - MEAN)
+        square = score.square() if estimator == "ssm_vr" else None
+        along = (score * v).flatten(1).sum(1)[:, None, None, None].square() / 16
+        expected = sigma.square() * (
+            slope * v.square() + 0.5 * (along if square is None else square)
+        )
+    values = expected.flatten(1).sum(1).mean().item() + (0.0 if estimator == "dsm" else 8.0)
+    assert output.loss.item() == pytest.approx(values, rel=1e-4)
+
+
 def test_classes_are_hidden_as_often_as_asked():
     model = build(class_conditional=True)
     exact = Exact(model.sde)
@@ -114,7 +194,7 @@ def test_classes_are_hidden_as_often_as_asked():
     hidden = given == 3
     assert torch.equal(given[~hidden], labels[~hidden])
     assert hidden.float().mean().item() == pytest.approx(0.3, abs=4 * math.sqrt(0.21 / 4000))
-    assert output.loss.item() > 0 and set(output.metrics) == {"error"}
+    assert output.loss.item() > 0 and set(output.metrics) == {"error", "loss"}
     # a model without classes is given none
     plain = Exact(model.sde)
     ScoreStage(build().with_score(plain), ScoreObjectiveConfig())(batch, StepContext(0, 1, rng()))

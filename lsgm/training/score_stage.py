@@ -53,20 +53,27 @@ class ScoreStage(Stage):
         except ValueError as error:
             raise UserError(f"objective: {error}") from error
 
+    @property
+    def scale(self) -> float:
+        """Factor on the sum over an image's values that ``objective.reduction`` asks for."""
+        factors = {"mean": 1 / self.model.spec.num_dims, "sum": 1.0, "half_sum": 0.5}
+        return factors[self.objective.reduction]
+
     def trainables(self) -> dict[str, nn.Module]:
         return {"score": self.model.score}
 
     def forward(self, images: Tensor | LabelledImages, context: StepContext) -> StepOutput:
         """``images`` ``(B, C, R, R)`` in [0, 1], with labels for a class-conditional model; the
-        loss is a mean over the images' values.
+        loss has the scale of ``objective.reduction``, the logged one is the mean over values.
         """
         pixels, rng = self.model.pixels, context.rng
         x, labels = images if isinstance(images, LabelledImages) else (images, None)
         x = pixels.to_network(pixels.augment(x, rng), rng, noise=True)
         result = self.loss(x, self.hide(labels, rng), rng)
         size = self.model.spec.num_dims
-        metrics = {"error": result.error.mean() / size}
-        return StepOutput(loss=result.loss / size, metrics=metrics)
+        # the mean is logged in the loss's place, so that runs of any reduction compare
+        metrics = {"error": result.error.mean() / size, "loss": result.loss.detach() / size}
+        return StepOutput(loss=self.scale * result.loss, metrics=metrics)
 
     def hide(self, labels: Tensor | None, rng: Rng = None) -> Tensor | None:
         """Replace a fraction ``label_dropout`` of ``labels (B,)`` by the class of no class."""
