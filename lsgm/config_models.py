@@ -4,7 +4,8 @@ sections are read and checked.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from lsgm.config_checks import require, require_non_negative, require_positive
@@ -151,7 +152,7 @@ class SDEConfig:
     beta_end: float = 20.0
     """vpsde, subvpsde: beta(1)."""
     sigma2_0: float = 0.0
-    """Variance of the noise at t = 0."""
+    """vpsde, subvpsde, geometric: variance of the noise at t = 0 (vesde: sigma2_min)."""
     sigma2_min: float = 1e-4
     """geometric, vesde: smallest variance."""
     sigma2_max: float = 0.99
@@ -160,15 +161,14 @@ class SDEConfig:
     """Training times lie in [time_eps, 1]."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "beta_start beta_end sigma2_min sigma2_max")
-        require_non_negative(self, "sigma2_0")
-        require(0.0 <= self.time_eps < 1.0, f"time_eps: must lie in [0, 1), not {self.time_eps}")
-        require(self.beta_start <= self.beta_end, "beta_start: must not exceed beta_end")
-        require(self.sigma2_min < self.sigma2_max, "sigma2_min: must be below sigma2_max")
-        require(
-            self.time_eps > 0.0 or self.sigma2_0 > 0.0,
-            "time_eps: must be positive when sigma2_0 is 0 (the cross entropy diverges)",
-        )
+        for name, value in asdict(self).items():
+            finite = name == "kind" or math.isfinite(value)
+            require(finite, f"{name}: must be a finite number, not {value}")
+        # The SDE is what decides, by the fields that it has; not imported above, so that reading
+        # a schema does not load torch.
+        from lsgm.sde import make_sde
+
+        make_sde(**asdict(self)).cross_entropy_constant()
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from lsgm.config_checks import require
 from lsgm.tensors import expand_like, sum_except_batch
 from vae.random import Rng, randn
 
@@ -124,15 +125,14 @@ class LinearSDE(ABC):
         variance = self.var(torch.tensor(cutoff, dtype=torch.float64)).item()
         if variance <= 0:
             raise ValueError(
-                f"the kernel has no variance at the cutoff t = {cutoff}; "
+                f"time_eps: the kernel has no variance at the cutoff t = {cutoff}; "
                 "use time_eps > 0 or sigma2_0 > 0"
             )
         return 0.5 * (1 + math.log(2 * math.pi * variance))
 
 
-def _check_time_eps(time_eps: float) -> None:
-    if not 0 <= time_eps < 1:
-        raise ValueError(f"time_eps must lie in [0, 1), got {time_eps}")
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    require(low <= value < high, f"{name}: must lie in [{low:g}, {high:g}), not {value}")
 
 
 @dataclass(frozen=True)
@@ -145,14 +145,14 @@ class _LinearBetaSDE(LinearSDE):
     time_eps: float = 1e-2
 
     def __post_init__(self) -> None:
-        if not 0 <= self.beta_start <= self.beta_end or self.beta_end == 0:
-            raise ValueError(
-                "need 0 <= beta_start <= beta_end and beta_end > 0; "
-                f"got {self.beta_start}, {self.beta_end}"
-            )
-        if not 0 <= self.sigma2_0 < 1:
-            raise ValueError(f"sigma2_0 must lie in [0, 1), got {self.sigma2_0}")
-        _check_time_eps(self.time_eps)
+        _check_range("beta_end", self.beta_end, 0, math.inf)
+        require(self.beta_end > 0, "beta_end: must be positive, not 0")
+        require(
+            0 <= self.beta_start <= self.beta_end,
+            f"beta_start: must lie in [0, beta_end = {self.beta_end:g}], not {self.beta_start}",
+        )
+        _check_range("sigma2_0", self.sigma2_0, 0, 1)
+        _check_range("time_eps", self.time_eps, 0, 1)
 
     @property
     def t_min(self) -> float:
@@ -256,16 +256,18 @@ class GeometricVPSDE(LinearSDE):
     time_eps: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma2_min < self.sigma2_max:
-            raise ValueError(
-                f"need 0 < sigma2_min < sigma2_max; got {self.sigma2_min}, {self.sigma2_max}"
-            )
-        if not 0 <= self.sigma2_0 < 1 or self.sigma2_max - self.sigma2_min + self.sigma2_0 >= 1:
-            raise ValueError(
-                "the variance must stay below one: sigma2_max - sigma2_min + sigma2_0 < 1, got "
-                f"{self.sigma2_max} - {self.sigma2_min} + {self.sigma2_0}"
-            )
-        _check_time_eps(self.time_eps)
+        _check_range("sigma2_0", self.sigma2_0, 0, 1)
+        require(
+            0 < self.sigma2_min < self.sigma2_max,
+            f"sigma2_min: must lie between 0 and sigma2_max = {self.sigma2_max:g}, not "
+            f"{self.sigma2_min}",
+        )
+        require(
+            self.sigma2_max - self.sigma2_min + self.sigma2_0 < 1,
+            "sigma2_max: the variance must stay below one, sigma2_max - sigma2_min + sigma2_0 < 1, "
+            f"not {self.sigma2_max} - {self.sigma2_min} + {self.sigma2_0}",
+        )
+        _check_range("time_eps", self.time_eps, 0, 1)
 
     @property
     def t_min(self) -> float:
@@ -320,12 +322,13 @@ class VESDE(LinearSDE):
     time_eps: float = 1e-2
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma2_min < min(1.0, self.sigma2_max):
-            raise ValueError(
-                "need 0 < sigma2_min < 1 and sigma2_min < sigma2_max; "
-                f"got {self.sigma2_min}, {self.sigma2_max}"
-            )
-        _check_time_eps(self.time_eps)
+        _check_range("sigma2_max", self.sigma2_max, 0, math.inf)
+        require(
+            0 < self.sigma2_min < min(1.0, self.sigma2_max),
+            f"sigma2_min: must lie between 0 and 1 and below sigma2_max = {self.sigma2_max:g}, "
+            f"not {self.sigma2_min}",
+        )
+        _check_range("time_eps", self.time_eps, 0, 1)
 
     @property
     def t_min(self) -> float:

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import asdict
 
 import pytest
 import torch
 from sde_cases import CASES, all_sdes
 from torch import Tensor
 
+from lsgm.config import SDEConfig
+from lsgm.objectives import NormalReference
 from lsgm.sde import (
     SDES,
     VESDE,
@@ -16,6 +20,8 @@ from lsgm.sde import (
     largest_squared_distance,
     make_sde,
 )
+from lsgm.times import make_proposal
+from lsgm.weighting import make_weighting
 
 
 def times(n: int = 400) -> Tensor:
@@ -177,20 +183,67 @@ def test_make_sde_takes_its_own_options() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"),
+    ("kind", "options", "message"),
     [
-        ("vpsde", {"beta_start": 2.0, "beta_end": 1.0}),
-        ("vpsde", {"sigma2_0": 1.0}),
-        ("vpsde", {"time_eps": 1.0}),
-        ("subvpsde", {"time_eps": -0.1}),
-        ("geometric", {"sigma2_max": 1.5}),
-        ("geometric", {"sigma2_min": 0.0}),
-        ("vesde", {"sigma2_min": 2.0, "sigma2_max": 1.0}),
+        (
+            "vpsde",
+            {"beta_start": 2.0, "beta_end": 1.0},
+            "beta_start: must lie in [0, beta_end = 1]",
+        ),
+        ("vpsde", {"beta_end": 0.0, "beta_start": 0.0}, "beta_end: must be positive"),
+        ("vpsde", {"beta_end": math.inf}, "beta_end: must lie in [0, inf)"),
+        ("vpsde", {"beta_end": math.nan}, "beta_end: must lie in [0, inf)"),
+        ("vpsde", {"sigma2_0": 1.0}, "sigma2_0: must lie in [0, 1), not 1.0"),
+        ("vpsde", {"time_eps": 1.0}, "time_eps: must lie in [0, 1), not 1.0"),
+        ("subvpsde", {"time_eps": -0.1}, "time_eps: must lie in [0, 1), not -0.1"),
+        ("geometric", {"sigma2_max": 1.5}, "sigma2_max: the variance must stay below one"),
+        (
+            "geometric",
+            {"sigma2_max": 0.99, "sigma2_min": 1e-4, "sigma2_0": 0.02},
+            "sigma2_max: the variance must stay below one",
+        ),
+        ("geometric", {"sigma2_min": 0.0}, "sigma2_min: must lie between 0 and sigma2_max"),
+        ("vesde", {"sigma2_min": 2.0, "sigma2_max": 1.0}, "sigma2_min: must lie between 0 and 1"),
+        ("vesde", {"sigma2_min": 2.0, "sigma2_max": 5.0}, "sigma2_min: must lie between 0 and 1"),
+        ("vesde", {"sigma2_max": math.inf}, "sigma2_max: must lie in [0, inf)"),
     ],
 )
-def test_values_out_of_range(kind: str, options: dict[str, float]) -> None:
-    with pytest.raises(ValueError):
+def test_values_out_of_range(kind: str, options: dict[str, float], message: str) -> None:
+    """The field is named, and a configuration says the same."""
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
         make_sde(kind, **options)
+    finite = all(map(math.isfinite, options.values()))
+    message = message if finite else message.split(":")[0] + ": must be a finite number"
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        SDEConfig(kind, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("vesde", {"time_eps": 0.0}),  # starts from sigma2_min
+        ("vesde", {"time_eps": 0.0, "sigma2_max": 5e4, "beta_start": 3.0, "beta_end": 1.0}),
+        ("vpsde", {"beta_start": 0.0}),
+        ("vpsde", {"sigma2_min": 0.0, "sigma2_max": 0.0}),  # not its fields
+        ("subvpsde", {"sigma2_0": 0.05, "time_eps": 0.0}),
+        ("geometric", {"sigma2_0": 3e-5, "time_eps": 0.0, "beta_end": 0.0}),
+    ],
+)
+def test_a_configuration_accepts_what_its_sde_accepts(kind: str, options: dict[str, float]) -> None:
+    """... and trains: the proposals and the control variate of the likelihood exist."""
+    sde = make_sde(**asdict(SDEConfig(kind, **options)))
+    assert type(sde) is SDES[kind]
+    make_proposal("importance", sde, make_weighting("likelihood"))
+    assert math.isfinite(NormalReference.of(sde).offset)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cutoff"),
+    [("vpsde", 0.0), ("geometric", 0.0), ("subvpsde", 0.0), ("subvpsde", 1e-200)],  # underflows
+)
+def test_a_configuration_needs_noise_at_its_cutoff(kind: str, cutoff: float) -> None:
+    with pytest.raises(ValueError, match=r"^time_eps: the kernel has no variance"):
+        SDEConfig(kind, time_eps=cutoff)
 
 
 def test_largest_squared_distance() -> None:
