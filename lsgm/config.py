@@ -83,6 +83,9 @@ class ObjectiveConfig:
     """KL coefficient at the end."""
     kl_balance: bool = True
     """Balance the KL terms of the latent groups while the coefficient is below 1."""
+    kl_balance_sync: bool = True
+    """Balance by the KL of the whole batch; false: each process by that of its own images, as
+    published."""
     spectral_regularization: float = 1e-2
     """Weight of the VAE's spectral and norm-layer regularisers (0: off)."""
     free_bits: float = 0.0
@@ -123,7 +126,8 @@ class OptimConfig:
     ema_decay: float = 0.0
     """Decay per step of the running average of the weights (0: no average)."""
     ema_warmup: bool = True
-    """Average over fewer steps in the beginning, so that short runs forget their first weights."""
+    """Average over fewer steps in the beginning, so that short runs forget their first weights.
+    Published: false in LSGM and NCSNv2, true in score-SDE."""
 
     def __post_init__(self) -> None:
         require_positive(self, "lr eps")
@@ -172,6 +176,9 @@ class TrainConfig:
     """Steps between two checkpoints."""
     keep_checkpoints: int = 2
     """Checkpoints kept on disk."""
+    release: Literal["last", "best"] = "last"
+    """Which weights the run ends with: the last ones, or those of the best evaluation on test
+    images, as published (the choice makes the test images' bound a little too good)."""
     shared_noise: bool = True
     """Same noise however many processes share the batch (each draws all of it)."""
     num_threads: int | None = None

@@ -195,14 +195,28 @@ class PriorConfig:
     """Times for the encoder's cross entropy (likelihood-weighted); same: the prior's draw."""
     training: Literal["joint", "disjoint", "frozen"] = "joint"
     """joint: VAE and prior in one step; disjoint: one after the other; frozen: the prior alone."""
+    frozen_statistics: Literal["running", "batch"] = "running"
+    """frozen only: statistics of the VAE's batch norms. running: those it was trained to; batch:
+    each batch's own, which also move the running ones, as published."""
+    kl_scales_prior: bool = False
+    """joint with one draw, weighting likelihood: the prior's gradient carries the KL's coefficient
+    and balance too, as published. false: it is that of the prior's own objective."""
     drop_inactive: bool = False
     """Keep N(0, I) for latent channels that carry no information (KL below 0.1 nats)."""
+    inactive_mask: Literal["kept", "training"] = "kept"
+    """drop_inactive: kept: those channels stay N(0, I) for good. training, as published: their
+    mixing starts at logit -15 and is trained, and they are hidden from the network in training
+    only, not in the released model."""
     update_q_ema: bool = False
     """disjoint only: the encoder's loss uses the averaged prior."""
+    q_ema_dropout: bool = False
+    """update_q_ema only: the averaged prior drops features as in training, as published."""
     control_variate: bool = True
-    """Sample only the network's difference from N(0, I) in the encoder's loss: less variance."""
+    """Sample only the network's difference from N(0, I) in the encoder's loss: less variance.
+    Published: false."""
     stratified_times: bool = True
-    """Spread the times of a batch evenly over the proposal: less variance, same mean."""
+    """Spread the times of a batch evenly over the proposal: less variance, same mean. Published:
+    false."""
     spectral_regularization: float = 0.0
     """Weight of the largest singular values of the score network's convolutions (0: off)."""
     norm_regularization: float = 0.0

@@ -121,6 +121,7 @@ def build_prior(config: PriorConfig, vae: HierarchicalVAE) -> MixedNormalScore:
         mixing_init=config.mixing_init,
         mixed=config.mixed,
         predict=config.predict,
+        mask_mixing=config.inactive_mask == "kept",
     )
 
 

@@ -222,11 +222,11 @@ def latent_cross_entropy(
 class PriorLosses:
     """What the prior contributes to one training step.
 
-    ``surrogate``: scalar; its gradient with respect to the prior's parameters is that of ``prior``,
-    and with respect to ``z_0`` that of ``mean_b sum_e balance * cross_entropy`` (zero when ``z_0``
-    carries no graph). Its value means nothing. ``prior``: scalar, mean over images of the prior's
-    objective (detached). ``cross_entropy``: ``(B, *shape)`` nats per element with the likelihood
-    weighting (detached).
+    ``surrogate``: scalar; its gradient with respect to the prior's parameters is that of ``prior``
+    (its elements times ``balance`` where that is asked for), and with respect to ``z_0`` that of
+    ``mean_b sum_e balance * cross_entropy`` (zero when ``z_0`` carries no graph). Its value means
+    nothing. ``prior``: scalar, mean over images of the prior's objective (detached).
+    ``cross_entropy``: ``(B, *shape)`` nats per element with the likelihood weighting (detached).
     """
 
     surrogate: Tensor
@@ -270,6 +270,7 @@ def prior_losses(
     eps_fn_q: EpsFn | None = None,
     reference: NormalReference | None = None,
     stratified: bool = False,
+    balance_prior: bool = False,
     rng: Rng = None,
 ) -> PriorLosses:
     """Prior objective and cross-entropy of ``z0`` ``(B, C, H, W)``, with the right gradient to each
@@ -281,10 +282,14 @@ def prior_losses(
     sees it: a number (the KL coefficient), or a callable that maps the weighted errors ``(B, C, H,
     W)`` to factors that broadcast to them. ``eps_fn_q``: another network for the VAE's term (the
     EMA of the prior). ``reference``: control variate for the cross-entropy and its gradient; the
-    prior's objective does not change. ``rng`` draws the noise and then the times, in that order.
+    prior's objective does not change. ``balance_prior``: the prior's gradient gets the factor
+    ``balance`` too, if both sides share draw and network: with one weighting it is then the
+    gradient of the VAE's loss, which the published joint step gives it. ``rng`` draws the noise
+    and then the times, in that order.
     """
     trains_encoder = z0.requires_grad
     shared = proposal_q is None and eps_fn_q is None
+    balance_prior = balance_prior and shared
     n = len(z0)
     constant = sde.cross_entropy_constant()
 
@@ -313,7 +318,8 @@ def prior_losses(
         )
     elif trains_encoder:
         assert not callable(balance)
-        source = scale_gradient(z0, balance * weight_q / weight(weighting_p, times))
+        share = 1.0 if balance_prior else balance  # the prior's loss has the factor already
+        source = scale_gradient(z0, share * weight_q / weight(weighting_p, times))
         _, error = denoising_score_matching(sde, eps_fn, source, t, eps)
     else:
         with torch.set_grad_enabled(shared and torch.is_grad_enabled()):
@@ -325,5 +331,7 @@ def prior_losses(
     if not shared:
         eps, times = draw(proposal_p)
         _, error = denoising_score_matching(sde, eps_fn, z0.detach(), times.t.to(z0), eps)
-    prior = (weight(weighting_p, times) * error).sum() / n
-    return PriorLosses(prior + injected, prior.detach(), cross_entropy)
+    weighted = weight(weighting_p, times) * error
+    prior = weighted.sum() / n
+    trained = (factor(error.detach()) * weighted).sum() / n if balance_prior else prior
+    return PriorLosses(trained + injected, prior.detach(), cross_entropy)

@@ -17,6 +17,9 @@ __all__ = ["EpsFn", "MixedNormalScore", "Prediction"]
 Prediction: TypeAlias = Literal["noise", "correction"]
 """What the network of a mixed-Normal score predicts."""
 
+INACTIVE_LOGIT = -15.0
+"""Mixing logit at which published inactive channels start: a weight of 3e-7."""
+
 
 class EpsFn(Protocol):
     """Predicts the noise: ``x_t (B, *shape)``, ``t (B,)`` or a scalar -> ``eps (B, *shape)``."""
@@ -48,12 +51,14 @@ class MixedNormalScore(nn.Module):
         mixed: if false the network alone predicts the noise (``a = 1``, nothing to train).
         predict: what the network stands for: ``noise``, or its ``correction`` to the Normal
             component.
+        mask_mixing: whether inactive channels have no mixing, so that they are Normal exactly. If
+            not (as published), their mixing is a trained number that starts near zero.
 
     Raises:
         ValueError: unknown ``predict``, or a correction without the mix.
 
     The buffer ``channel_mask (1, C, 1, 1)`` holds 1 for active channels; the network sees zeros in
-    the others. Unlike the published code it is saved with the weights.
+    the others. It is saved with the weights.
     """
 
     channel_mask: Tensor
@@ -66,6 +71,7 @@ class MixedNormalScore(nn.Module):
         mixing_init: float = -6.0,
         mixed: bool = True,
         predict: Prediction = "noise",
+        mask_mixing: bool = True,
     ) -> None:
         super().__init__()
         if predict not in get_args(Prediction):
@@ -73,6 +79,7 @@ class MixedNormalScore(nn.Module):
         if predict == "correction" and not mixed:
             raise ValueError("predict correction needs a mixed-Normal score")
         self.predict = predict
+        self.mask_mixing = mask_mixing
         self.sde = sde
         self.channels = channels
         self.mixing_logit = (
@@ -83,12 +90,13 @@ class MixedNormalScore(nn.Module):
 
     @property
     def mixing(self) -> Tensor:
-        """Weight ``a`` of the network, ``(1, C, 1, 1)`` in ``[0, 1)``, 0 in inactive channels; ones
-        if not mixed.
+        """Weight ``a`` of the network, ``(1, C, 1, 1)`` in ``[0, 1)``, 0 in inactive channels
+        (``mask_mixing``); ones if not mixed.
         """
         if self.mixing_logit is None:
             return torch.ones_like(self.channel_mask)
-        return torch.sigmoid(self.mixing_logit) * self.channel_mask
+        mixing = torch.sigmoid(self.mixing_logit)
+        return mixing * self.channel_mask if self.mask_mixing else mixing
 
     @property
     def non_normal(self) -> Tensor:
@@ -101,10 +109,8 @@ class MixedNormalScore(nn.Module):
 
     @torch.no_grad()
     def deactivate(self, inactive: Tensor) -> None:
-        """Hide channels from the network and give them a Normal prior, for good.
-
-        ``inactive (C,)`` bool. (The published code sets their mixing logit to -15 once and goes on
-        training it.)
+        """Hide channels ``inactive (C,)`` (bool) from the network and give them a Normal prior: for
+        good, or without ``mask_mixing`` by a mixing logit of -15 that goes on being trained.
 
         Raises:
             ValueError: ``inactive`` has another shape or dtype.
@@ -116,6 +122,8 @@ class MixedNormalScore(nn.Module):
             )
         inactive = inactive.to(self.channel_mask.device).view(1, -1, 1, 1)
         self.channel_mask.masked_fill_(inactive, 0.0)
+        if not self.mask_mixing and self.mixing_logit is not None:
+            self.mixing_logit.masked_fill_(inactive, INACTIVE_LOGIT)
 
     def residual(self, x_t: Tensor, t: Tensor) -> Tensor:
         """The network alone, at the masked input: ``(B, C, H, W)`` in its own dtype."""

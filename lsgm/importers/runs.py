@@ -55,6 +55,16 @@ OWN_SPECS = {
 }
 """Datasets that we know by the published name; any other is a folder of colour images."""
 
+PUBLISHED_PRIOR = {
+    "frozen_statistics": "batch",
+    "kl_scales_prior": True,
+    "inactive_mask": "training",
+    "q_ema_dropout": True,
+    "control_variate": False,
+    "stratified_times": False,
+}
+"""How every published second stage was trained, where our default is another."""
+
 
 @dataclass(frozen=True)
 class ImportedRun:
@@ -133,7 +143,7 @@ def _vae(
         name=name,
         data=data,
         vae=vae_config,
-        objective=_checked(ObjectiveConfig, _given(args, objective)),
+        objective=_checked(ObjectiveConfig, {"kl_balance_sync": False, **_given(args, objective)}),
         optim_vae=_optimizer(args, "vae", "adamax", eps=1e-3),
         train=_train(args),
     )
@@ -164,7 +174,7 @@ def _lsgm(
         "kl_balance": "kl_balance_vada",
         "spectral_regularization": "weight_decay_norm_vae",
     }
-    values = _given(args, objective)
+    values = {"kl_balance_sync": False, **_given(args, objective)}
     if not args.get("cont_kl_anneal"):
         values |= {"kl_const_coeff": 1.0, "kl_max_coeff": 1.0}
     ema_decay = float(args.get("ema_decay", 0.0))
@@ -236,6 +246,7 @@ def _prior_config(args: Mapping[str, Any], arguments: PriorArguments) -> PriorCo
         "training": training,
         "drop_inactive": bool(args.get("drop_inactive_var", False)),
         "update_q_ema": bool(args.get("update_q_ema", False)) and training == "disjoint",
+        **PUBLISHED_PRIOR,
         # With custom_conv_dae the published search finds no convolution of the prior.
         "spectral_regularization": 0.0 if args.get("custom_conv_dae") else penalty,
         "norm_regularization": penalty,
@@ -263,6 +274,7 @@ def _optimizer(
             "schedule": "published",
             "warmup_steps": args.get("warmup_epochs", 0) * total // max(epochs, 1),
             "ema_decay": ema_decay,
+            "ema_warmup": False,
             **values,
         },
     )
@@ -271,7 +283,8 @@ def _optimizer(
 def _train(args: Mapping[str, Any]) -> TrainConfig:
     processes = args.get("num_proc_node", 1) * args.get("num_process_per_node", 1)
     values = _given(args, {"seed": "seed", "epochs": "epochs"})
-    return _checked(TrainConfig, values | {"batch_size": args.get("batch_size", 1) * processes})
+    batch_size = args.get("batch_size", 1) * processes
+    return _checked(TrainConfig, values | {"batch_size": batch_size, "release": "best"})
 
 
 def _given(args: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

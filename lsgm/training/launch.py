@@ -11,6 +11,7 @@ from lsgm.configio import save_config
 from lsgm.data import Batches, Datasets, build_datasets
 from lsgm.errors import UserError
 from lsgm.files import RunFolder
+from lsgm.training.best import BestWeights
 from lsgm.training.distributed import World, on_main
 from lsgm.training.loop import EvalContext, fit
 from lsgm.training.state import Stage, TrainState
@@ -88,6 +89,9 @@ def fit_run(
             save_config(config, run.config)
 
     on_main(world, prepare)
+    if train.release == "best":
+        best = BestWeights(run, world)
+        evaluate, release = best.watch(evaluate), best.releasing(release)
     fit(
         stage,
         batches,

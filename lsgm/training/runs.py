@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -119,7 +120,7 @@ def _check_prior(first: LSGM, config: LSGMTrainConfig) -> None:
     own = first.prior_config
     if own.sde.kind == "vesde":  # its range was fitted to the latents
         own = replace(own, sde=replace(own.sde, sigma2_max=config.prior.sde.sigma2_max))
-    for name in ("network", "sde", "mixed", "predict", "drop_inactive"):
+    for name in ("network", "sde", "mixed", "predict", "drop_inactive", "inactive_mask"):
         if getattr(config.prior, name) != getattr(own, name):
             raise UserError(
                 f"prior.{name}: not that of the run that --lsgm {config.lsgm_run} names"
@@ -177,7 +178,8 @@ def _fit(
         return on_main(world, lambda: _evaluate(averaged, datasets, data, config.train, context))
 
     def release(state: TrainState) -> None:
-        save(with_weights(model, state.evaluation_models()), run.path, data, {"steps": state.step})
+        averaged = _unmasked(with_weights(model, state.evaluation_models()))
+        save(averaged, run.path, data, {"steps": state.step})
 
     fit_run(stage, datasets, config, optims, run, resume, world, evaluate=evaluate, release=release)
 
@@ -192,6 +194,17 @@ def with_weights(model: VAEModel, sides: Mapping[str, torch.nn.Module]) -> VAEMo
     else:
         averaged = VAEModel(vae, model.spec, model.vae_config)
     return averaged.eval()
+
+
+def _unmasked(model: VAEModel) -> VAEModel:
+    """The model as it is released: without the mask of the inactive channels if that is for
+    training only, as in published checkpoints, which do not hold it.
+    """
+    if not isinstance(model, LSGM) or model.prior_config.inactive_mask == "kept":
+        return model
+    score = copy.deepcopy(model.score)
+    score.channel_mask.fill_(1.0)
+    return LSGM(model.vae, score, model.spec, model.vae_config, model.prior_config)
 
 
 def _evaluate(
@@ -237,14 +250,14 @@ def _inactive_channels(model: LSGM, datasets: Datasets, batch_size: int) -> torc
     0.1 nats; ``(C,)`` bool.
     """
     model.eval()
+    augmented = model.prior_config.inactive_mask == "training"  # as in training, as published
     rng = torch.Generator().manual_seed(0)
     batches = Batches(datasets.train, batch_size, train=True)
     total = torch.zeros(model.vae.top_shape[0], dtype=torch.float64)
     count = 0
     for _, images in batches.epoch():
-        posterior = model.vae.encode(
-            preprocess(images, model.spec, model.vae_config.num_x_bits, rng), rng=rng
-        )
+        x = preprocess(images, model.spec, model.vae_config.num_x_bits, rng, train=augmented)
+        posterior = model.vae.encode(x, rng=rng)
         total += kl_per_channel(posterior)[: model.vae.num_groups_per_scale].flatten().double()
         count += 1
         if count == MAX_SCAN_BATCHES:

@@ -19,7 +19,6 @@ from lsgm.errors import UserError
 from lsgm.models import LSGM, VAEModel
 from lsgm.networks.resample import FIRConvDownsample, FIRConvUpsample
 from lsgm.objectives import NormalReference, PriorLosses, prior_losses
-from lsgm.score import EpsFn
 from lsgm.tensors import sum_except_batch
 from lsgm.times import TimeProposal, make_proposal
 from lsgm.training.state import Stage, StepContext, StepOutput
@@ -78,7 +77,7 @@ class VAEStage(Stage):
             kl,
             model.vae.groups_per_scale,
             coefficient if self.objective.kl_balance else 1.0,
-            sync=True,
+            sync=self.objective.kl_balance_sync,
         )
         charged = _charge(kl, self.objective.free_bits)
         loss = (reconstruction + coefficient * (weights * charged).sum(1)).mean()
@@ -126,9 +125,11 @@ class LSGMStage(Stage):
 
     ``training`` of the config: ``joint`` shares one draw of noise and time (Alg. 3) unless
     ``proposal_q`` names one (Alg. 1); ``disjoint`` draws separately for each side (Alg. 2);
-    ``frozen`` trains the prior alone, with the VAE in evaluation mode. The VAE's parameters get the
-    gradient of the negative ELBO with annealed and balanced KL and of its own regularisers, the
-    prior's that of its own objective and regularisers, whatever the KL's coefficient.
+    ``frozen`` trains the prior alone, with the VAE in evaluation mode (``frozen_statistics`` batch:
+    its batch norms in training mode). The VAE's parameters get the gradient of the negative ELBO
+    with annealed and balanced KL and of its own regularisers, the prior's that of its own objective
+    and regularisers, whatever the KL's coefficient. With ``kl_scales_prior`` the prior gets the
+    gradient of the VAE's loss, and its own regularisers, where both have one objective.
 
     Raises:
         UserError: A time proposal and weighting that the SDE does not allow.
@@ -150,10 +151,18 @@ class LSGMStage(Stage):
             None if name_q == "same" else self._proposal("proposal_q", name_q, self.likelihood)
         )
         self.reference = NormalReference.of(model.sde) if prior.control_variate else None
+        # As published: the objectives are equal with one draw and one weighting.
+        self.balance_prior = (
+            prior.kl_scales_prior
+            and self.trains_vae
+            and self.proposal_q is None
+            and prior.weighting_p == "likelihood"
+        )
+        self.batch_statistics = prior.frozen_statistics == "batch"
         self.update_q_ema = prior.update_q_ema
-        self._average_prior: tuple[
-            EpsFn, ...
-        ] = ()  # a tuple: not a submodule, its weights are the loop's
+        self.q_ema_dropout = prior.q_ema_dropout
+        # A tuple: not a submodule, its weights are the loop's.
+        self._average_prior: tuple[nn.Module, ...] = ()
         self.spectral_weight = prior.spectral_regularization
         self.norm_weight = prior.norm_regularization
         self.regularizers: dict[str, SpectralNormRegularizer] = {}
@@ -191,13 +200,16 @@ class LSGMStage(Stage):
     def train(self, mode: bool = True) -> LSGMStage:
         super().train(mode)
         if not self.trains_vae:
-            self.model.vae.eval()
+            self.model.vae.train(mode and self.batch_statistics)
+        for average in self._average_prior:
+            average.train(mode and self.q_ema_dropout)
         return self
 
     def use_average(self, averages: Mapping[str, nn.Module]) -> None:
         """Take the running average of the prior for the VAE's term, if the config asks for it."""
         if self.update_q_ema:
-            self._average_prior = (averages["prior"].eval().requires_grad_(False),)
+            average = averages["prior"].requires_grad_(False)
+            self._average_prior = (average.train(self.training and self.q_ema_dropout),)
 
     def forward(self, images: Tensor, context: StepContext) -> StepOutput:
         """``images`` ``(B, C, R, R)`` in [0, 1]; the value of the loss means nothing (see
@@ -220,7 +232,8 @@ class LSGMStage(Stage):
         def balance(weighted: Tensor) -> Tensor:
             nonlocal weights
             kl = torch.cat([self._kl_top(log_q, weighted), kl_finer], dim=1).detach()
-            weights = kl_balance_weights(kl, vae.groups_per_scale, coefficient, sync=True)
+            sync = self.objective.kl_balance_sync
+            weights = kl_balance_weights(kl, vae.groups_per_scale, coefficient, sync=sync)
             channels = top.shape[1] // num_top
             return coefficient * weights[:num_top].repeat_interleave(channels).view(1, -1, 1, 1)
 
@@ -236,6 +249,7 @@ class LSGMStage(Stage):
             eps_fn_q=self._average_prior[0] if self._average_prior else None,
             reference=self.reference,
             stratified=self.stratified,
+            balance_prior=self.balance_prior,
             rng=context.rng,
         )
         kl_top = log_q[:, :num_top].detach() + self._per_group(losses.cross_entropy)
