@@ -89,7 +89,8 @@ class ObjectiveConfig:
     spectral_regularization: float = 1e-2
     """Weight of the VAE's spectral and norm-layer regularisers (0: off)."""
     free_bits: float = 0.0
-    """KL per latent group that costs nothing, in nats per image (0: off)."""
+    """KL per latent group that costs the encoder nothing, in nats per image (0: off); of the
+    coarsest scale's groups in the second stage that under the score-based prior."""
 
     def __post_init__(self) -> None:
         require_fraction(self, "kl_anneal_portion kl_const_portion kl_const_coeff kl_max_coeff")

@@ -119,7 +119,8 @@ def slope(stage: LSGMStage, module: nn.Module, metric: str, x: Tensor) -> tuple[
         for sign in (1, -2):
             for p, d in zip(moved, directions, strict=True):
                 p.add_(d, alpha=sign * size)
-            values.append(stage(x, context()).metrics[metric].item())
+            with torch.enable_grad():  # as in training: the factors of groups are for the gradient
+                values.append(stage(x, context()).metrics[metric].item())
         for p, d in zip(moved, directions, strict=True):
             p.add_(d, alpha=size)
     return (values[0] - values[1]) / (2 * size), by_gradient
@@ -156,6 +157,64 @@ def test_gradients_are_those_of_the_two_objectives(
         differences, gradient = slope(stage, module, metric, x)
         assert abs(gradient) > 1e-2
         assert gradient == pytest.approx(differences, rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"control_variate": False},
+        {"training": "disjoint", "weighting_p": "unweighted"},
+        {"proposal_q": "optimal"},
+    ],
+)
+@pytest.mark.parametrize("balanced", [False, True])
+def test_free_bits_spare_the_encoder_and_not_the_prior(
+    in_float64: None, changes: dict[str, object], balanced: bool
+) -> None:
+    """Groups whose KL, under the score-based prior where they have it, is below ``free_bits`` leave
+    the VAE's loss: top ones with their cross-entropy, finer ones under N(0, I). By finite
+    differences; the prior's own gradient does not change.
+    """
+    prior = replace(PriorConfig(NETWORK, SDES["vpsde"], mixing_init=-1.0), **changes)
+    model = make_model(prior).double()
+    x = images().double()
+    plain = replace(PLAIN, kl_balance=balanced)
+    stage = LSGMStage(model, plain, prior).train()
+    output = stage(x, context())
+    kl = [output.metrics[f"kl_group/{k}"].item() for k in range(4)]  # two of each scale
+    for limit in ((kl[0] + kl[1]) / 2, (kl[2] + kl[3]) / 2):
+        freed = LSGMStage(model, replace(plain, free_bits=limit), prior).train()
+        charged = [value for value in kl if value > limit]
+        assert len(charged) in (1, 3)
+        if balanced:  # the balancing weights change with the KL, and carry no gradient
+            continue
+        differences, gradient = slope(freed, model.vae, "vae_loss", x)
+        assert gradient == pytest.approx(differences, rel=2e-5)
+        metrics = freed(x, context()).metrics
+        assert metrics["vae_loss"].item() == pytest.approx(
+            metrics["reconstruction"].item() + freed.kl_coefficient(context()) * sum(charged),
+            rel=1e-9,
+        )
+    of_prior, of_vae = [], []
+    for trained in (stage, freed):
+        trained.zero_grad(set_to_none=True)
+        trained(x, context()).loss.backward()
+        of_prior.append([p.grad.clone() for p in model.score.parameters()])
+        of_vae.append([p.grad for p in model.vae.parameters() if p.grad is not None])
+    for got, wanted in zip(*of_prior, strict=True):
+        torch.testing.assert_close(got, wanted)
+    assert not all(torch.allclose(a, b) for a, b in zip(*of_vae, strict=True))
+    # with all groups free the VAE gets the reconstruction's gradient alone
+    spared = LSGMStage(model, replace(plain, free_bits=1e9), prior).train()
+    differences, gradient = slope(spared, model.vae, "reconstruction", x)
+    assert gradient == pytest.approx(differences, rel=2e-5)
+
+
+def test_free_bits_of_a_frozen_encoder_are_refused() -> None:
+    prior = PriorConfig(NETWORK, SDES["vpsde"], training="frozen")
+    with pytest.raises(UserError, match=r"^objective\.free_bits: 0\.5 .* frozen needs 0$"):
+        LSGMStage(make_model(prior), replace(PLAIN, free_bits=0.5), prior)
 
 
 def test_a_weighting_that_the_sde_does_not_allow_is_named() -> None:

@@ -79,8 +79,8 @@ class VAEStage(Stage):
             coefficient if self.objective.kl_balance else 1.0,
             sync=self.objective.kl_balance_sync,
         )
-        charged = _charge(kl, self.objective.free_bits)
-        loss = (reconstruction + coefficient * (weights * charged).sum(1)).mean()
+        weights = weights * _charged(kl, self.objective.free_bits)
+        loss = (reconstruction + coefficient * (weights * kl).sum(1)).mean()
         metrics = {
             "nelbo": (reconstruction + kl.sum(1)).mean(),
             "reconstruction": reconstruction.mean(),
@@ -110,13 +110,12 @@ def score_convolutions(score: nn.Module) -> dict[str, nn.Conv2d]:
     }
 
 
-def _charge(kl: Tensor, free_bits: float) -> Tensor:
-    """KL ``(B, N)`` as the loss counts it: a group whose batch mean is below ``free_bits`` nats
-    costs nothing.
+def _charged(kl: Tensor, free_bits: float) -> Tensor:
+    """Which groups of a KL ``(B, N)`` the encoder pays for: 1, or 0 for one whose batch mean is at
+    most ``free_bits`` nats; ``(N,)``.
     """
-    if free_bits <= 0:
-        return kl
-    return torch.where(kl.detach().mean(0, keepdim=True) > free_bits, kl, kl.detach())
+    mean = kl.detach().mean(0)
+    return (mean > free_bits).to(mean) if free_bits > 0 else torch.ones_like(mean)
 
 
 class LSGMStage(Stage):
@@ -172,6 +171,11 @@ class LSGMStage(Stage):
             convolutions = score_convolutions(model.score)
             self.regularizers["prior_spectral"] = SpectralNormRegularizer(convolutions)
         if not self.trains_vae:
+            if objective.free_bits > 0:
+                raise UserError(
+                    f"objective.free_bits: {objective.free_bits:g} spares an encoder that is being "
+                    "trained; prior.training frozen needs 0"
+                )
             model.vae.requires_grad_(False)
 
     kl_coefficient = VAEStage.kl_coefficient
@@ -226,6 +230,7 @@ class LSGMStage(Stage):
         log_q = torch.stack([sum_except_batch(part) for part in posterior.log_q], dim=1)
         kl_finer = kl_per_group(posterior)[:, num_top:]
         coefficient = self.kl_coefficient(context)
+        free_bits = self.objective.free_bits
         balanced = self.objective.kl_balance and coefficient < 1 and self.trains_vae
         weights = log_q.new_ones(log_q.shape[1])
 
@@ -233,7 +238,9 @@ class LSGMStage(Stage):
             nonlocal weights
             kl = torch.cat([self._kl_top(log_q, weighted), kl_finer], dim=1).detach()
             sync = self.objective.kl_balance_sync
-            weights = kl_balance_weights(kl, vae.groups_per_scale, coefficient, sync=sync)
+            balance_at = coefficient if balanced else 1.0
+            weights = kl_balance_weights(kl, vae.groups_per_scale, balance_at, sync=sync)
+            weights = weights * _charged(kl, free_bits)
             channels = top.shape[1] // num_top
             return coefficient * weights[:num_top].repeat_interleave(channels).view(1, -1, 1, 1)
 
@@ -245,7 +252,7 @@ class LSGMStage(Stage):
             proposal_p=self.proposal_p,
             likelihood=self.likelihood,
             proposal_q=self.proposal_q,
-            balance=balance if balanced else coefficient,
+            balance=balance if balanced or free_bits > 0 else coefficient,
             eps_fn_q=self._average_prior[0] if self._average_prior else None,
             reference=self.reference,
             stratified=self.stratified,
