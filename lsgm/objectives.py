@@ -58,11 +58,6 @@ Balance = float | Callable[[Tensor], Tensor]
 to factors that broadcast.
 """
 
-INTERNAL_SCALE = 1024.0
-"""Factor on the cotangent of the inner backward pass, so that fp16 activations' gradients do not
-underflow.
-"""
-
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
@@ -243,6 +238,7 @@ def _latent_gradient(
     cotangent: Callable[[Tensor], Tensor],
     *,
     keep_graph: bool = False,
+    loss_scale: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """``(zero with the gradient of mean_b sum factor * error with respect to z0, error)``, with
     ``factor = cotangent(error)``.
@@ -252,9 +248,11 @@ def _latent_gradient(
     """
     leaf = z0.detach().requires_grad_()
     _, error = denoising_score_matching(sde, eps_fn, leaf, t, eps)
-    scaled = INTERNAL_SCALE * (cotangent(error.detach()) * error).sum() / len(z0)
+    # The loss scaler's factor, so that fp16 activations' gradients do not underflow here either: an
+    # overflow reaches z0's parameters, where the scaler sees it and halves both.
+    scaled = loss_scale * (cotangent(error.detach()) * error).sum() / len(z0)
     (gradient,) = torch.autograd.grad(scaled, leaf, retain_graph=keep_graph)
-    return inject_gradient(z0, gradient / INTERNAL_SCALE), error
+    return inject_gradient(z0, gradient / loss_scale), error
 
 
 def prior_losses(
@@ -271,6 +269,7 @@ def prior_losses(
     reference: NormalReference | None = None,
     stratified: bool = False,
     balance_prior: bool = False,
+    loss_scale: Tensor | float = 1.0,
     rng: Rng = None,
 ) -> PriorLosses:
     """Prior objective and cross-entropy of ``z0`` ``(B, C, H, W)``, with the right gradient to each
@@ -284,8 +283,9 @@ def prior_losses(
     EMA of the prior). ``reference``: control variate for the cross-entropy and its gradient; the
     prior's objective does not change. ``balance_prior``: the prior's gradient gets the factor
     ``balance`` too, if both sides share draw and network: with one weighting it is then the
-    gradient of the VAE's loss, which the published joint step gives it. ``rng`` draws the noise
-    and then the times, in that order.
+    gradient of the VAE's loss, which the published joint step gives it. ``loss_scale``: factor of
+    the backward pass that is made here, the one that the caller's own pass will have. ``rng`` draws
+    the noise and then the times, in that order.
     """
     trains_encoder = z0.requires_grad
     shared = proposal_q is None and eps_fn_q is None
@@ -314,7 +314,14 @@ def prior_losses(
     injected = z0.new_zeros(())
     if trains_encoder and (callable(balance) or not shared):
         injected, error = _latent_gradient(
-            sde, network_q, z0, t, eps, lambda error: weight_q * factor(error), keep_graph=shared
+            sde,
+            network_q,
+            z0,
+            t,
+            eps,
+            lambda error: weight_q * factor(error),
+            keep_graph=shared,
+            loss_scale=loss_scale,
         )
     elif trains_encoder:
         assert not callable(balance)

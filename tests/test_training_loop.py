@@ -6,12 +6,17 @@ import pytest
 import torch
 from training_toy import BATCH, OPTIMS, TRAIN, ToyBatches, ToyStage, train
 
+from lsgm.config import OptimConfig
 from lsgm.errors import UserError
+from lsgm.objectives import prior_losses
+from lsgm.sde import VPSDE
+from lsgm.times import make_proposal
 from lsgm.training import loop
 from lsgm.training.distributed import World
 from lsgm.training.precision import autocast, choose_device, make_scaler
-from lsgm.training.state import TrainState
+from lsgm.training.state import Stage, StepContext, StepOutput, TrainState
 from lsgm.training.step import Step, step_seed
+from lsgm.weighting import make_weighting
 
 PLAIN = {name: replace(o, ema_decay=0.0, clip_norm=0.0) for name, o in OPTIMS.items()}
 
@@ -110,6 +115,65 @@ def test_an_overflow_on_one_side_holds_back_both_and_halves_the_scale_once():
     assert step(images(2)).applied and step.state.counters.step == 3
     assert step.state.sides["front"].optimizer.state[front]["step"] == 2
     assert not equal(before, weights(stage))
+
+
+class HalfNetwork(torch.nn.Module):
+    """A noise prediction whose activations' gradients are fp16."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, z, t):
+        return (self.gain.half() * z.half()).float()
+
+
+class InnerStage(Stage):
+    """Both sides of an LSGM's loss, whose encoder's part has a backward pass of its own."""
+
+    def __init__(self, coefficient):
+        super().__init__()
+        self.vae, self.score = torch.nn.Linear(36, 4), HalfNetwork()
+        self.coefficient = coefficient
+
+    def trainables(self):
+        return {"vae": self.vae, "prior": self.score}
+
+    def forward(self, images, context):
+        likelihood = make_weighting("likelihood")
+        with torch.autocast("cpu", enabled=False):
+            losses = prior_losses(
+                VPSDE(),
+                self.score,
+                self.vae(images.flatten(1)),
+                weighting_p=make_weighting("unweighted"),
+                proposal_p=make_proposal("importance", VPSDE(), make_weighting("unweighted")),
+                likelihood=likelihood,
+                proposal_q=make_proposal("importance", VPSDE(), likelihood),
+                balance=self.coefficient,
+                loss_scale=context.loss_scale,
+                rng=context.rng,
+            )
+        return StepOutput(losses.surrogate, {"prior_loss": losses.prior})
+
+
+def test_an_overflow_in_the_encoders_own_backward_pass_is_recovered_from():
+    """At first it passes fp16's 65504; the scaler's halving reaches it, and steps are taken."""
+    optims = {name: OptimConfig(lr=1e-3, warmup_steps=0) for name in ("vae", "prior")}
+
+    def gradient(loss_scale):
+        stage = InnerStage(300.0)
+        context = StepContext(0, 1, torch.Generator().manual_seed(0), loss_scale)
+        stage(images(), context).loss.backward()
+        return stage.vae.weight.grad
+
+    assert torch.isfinite(gradient(1.0)).all() and not torch.isfinite(gradient(2.0**10)).all()
+    step = make_step(InnerStage(300.0), optims=optims, precision="fp16")
+    applied = [step(images()).applied for _ in range(40)]
+    skipped = applied.count(False)
+    assert not applied[0] and 0 < skipped < 10 and all(applied[-15:])
+    assert step.state.counters.skipped == skipped
+    assert step.state.scaler.get_scale() == 2.0 ** (10 - skipped)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -257,6 +257,7 @@ class LSGMStage(Stage):
             reference=self.reference,
             stratified=self.stratified,
             balance_prior=self.balance_prior,
+            loss_scale=context.loss_scale,
             rng=context.rng,
         )
         kl_top = log_q[:, :num_top].detach() + self._per_group(losses.cross_entropy)

@@ -38,11 +38,14 @@ class StepContext:
         step: Optimizer steps done so far.
         total_steps: Optimizer steps of the whole run.
         rng: Source of all noise of this pass.
+        loss_scale: Factor that the loss gets before its backward pass, a scalar; a stage that
+            differentiates by itself uses it too.
     """
 
     step: int
     total_steps: int
     rng: Rng
+    loss_scale: Tensor | float = 1.0
 
 
 @dataclass(frozen=True)

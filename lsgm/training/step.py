@@ -120,7 +120,8 @@ class Step:
             if sharing and part < parts - 1:
                 stack.enter_context(self.forward.no_sync())  # type: ignore[operator]
             with autocast(self.world.device, self.config.precision):
-                context = StepContext(state.step, state.total_steps, self._rng(part))
+                scale = state.scaler.scale(torch.ones((), device=self.world.device))
+                context = StepContext(state.step, state.total_steps, self._rng(part), scale)
                 output: StepOutput = self.forward(images, context)
             state.scaler.scale(output.loss / parts).backward()
         return output
