@@ -11,7 +11,7 @@ import torch
 
 from lsgm.config import DataConfig, LSGMTrainConfig, PriorConfig, TrainConfig, VAETrainConfig
 from lsgm.data import Batches, Datasets, preprocess
-from lsgm.errors import UserError
+from lsgm.errors import NonFiniteError, UserError
 from lsgm.evaluation.figures import (
     image_grid,
     learning_curves,
@@ -219,13 +219,14 @@ def _evaluate(
         batches(datasets.test, model.spec, limit=train.eval_images, **settings),
         seed=train.seed,
     )
-    samples = draw_samples(model, MONITOR.batch_size, MONITOR).images
+    grids = {}
+    try:
+        grids["samples"] = image_grid(draw_samples(model, MONITOR.batch_size, MONITOR).images)
+    except NonFiniteError as error:  # early weights, say: the run goes on
+        print(f"warning: step {context.step}: no sample grid: {error}", flush=True)
     x = next(batches(datasets.test, model.spec, batch_size=32, **settings))
     reconstructed = model.reconstruct(x, torch.Generator().manual_seed(train.seed)).cpu()
-    grids = {
-        "samples": image_grid(samples),
-        "reconstructions": reconstruction_grid(model.to_images(x), reconstructed),
-    }
+    grids["reconstructions"] = reconstruction_grid(model.to_images(x), reconstructed)
     for name, grid in grids.items():
         context.log_image(name, grid)
         save_grid(grid, context.run.samples / f"{name}_{context.step:08d}.png")
