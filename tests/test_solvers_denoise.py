@@ -1,4 +1,6 @@
-"""How samplers end: the posterior mean at time zero, times without noise, and what is not finite."""
+"""How samplers end: the posterior mean at time zero, times without noise, values that are not
+finite.
+"""
 
 from __future__ import annotations
 
