@@ -171,11 +171,26 @@ class SamplerConfig:
     variance is nearest to the right one (2006.09011, technique 4)."""
     snr: float = 0.16
     """predictor_corrector: signal-to-noise ratio of the corrector's step."""
+    norm: Literal["image", "batch", "expected"] = "image"
+    """predictor_corrector: norms that scale the corrector's step: image, each image's own, so that
+    an image does not depend on its batch; batch, their means over the batch (as published);
+    expected."""
+    start: Literal["prior", "uniform"] = "prior"
+    """langevin: noise to start from: the largest level's, or uniform over the data range (as
+    published for NCSN). Other solvers start from the prior."""
     denoise: bool = True
-    """langevin, predictor_corrector: end with a step that only removes noise."""
+    """Every solver: end with the posterior mean of the image, which has no noise left."""
 
     def __post_init__(self) -> None:
         require_positive(self, "nfe step_ratio snr")
+        require(
+            self.norm in ("image", "batch", "expected"),
+            f"norm: must be image, batch or expected, not {self.norm}",
+        )
+        require(
+            self.start in ("prior", "uniform"),
+            f"start: must be prior or uniform, not {self.start}",
+        )
         require(
             self.t_end is None or 0.0 <= self.t_end < 1.0,
             f"t_end: must lie in [0, 1), not {self.t_end}",

@@ -31,9 +31,18 @@ from lsgm.networks.ncsn import NCSN
 from lsgm.noise_ladder import NoiseLadder, select_step
 from lsgm.release import section
 from lsgm.sde import LinearSDE, make_sde
-from lsgm.solvers import EpsFn, Hook, Solution, Solver, make_grid, make_solver
+from lsgm.solvers import (
+    AnnealedLangevin,
+    EpsFn,
+    Hook,
+    Solution,
+    Solver,
+    make_grid,
+    make_solver,
+    solver_parameters,
+)
 from lsgm.tensors import expand_like
-from vae.random import Rng
+from vae.random import Rng, rand
 
 __all__ = [
     "DATA_KINDS",
@@ -53,8 +62,9 @@ DATA_KINDS = ("ncsn", "score_sde")
 class SamplerDefaults:
     """The sampler that a model recommends: names and numbers as the command line takes them.
 
-    ``grid`` ``ladder`` is the model's own noise levels; ``options`` go to
-    :func:`lsgm.solvers.make_solver`.
+    ``grid`` ``ladder`` is the model's own noise levels. ``options`` are arguments of solvers, of
+    which each solver, the recommended one and any other, takes those that it has
+    (:meth:`options_of`).
     """
 
     solver: str
@@ -62,6 +72,11 @@ class SamplerDefaults:
     grid: str
     t_end: float
     options: dict[str, Any]
+
+    def options_of(self, solver: str) -> dict[str, Any]:
+        """The recommended arguments that the solver of that name has."""
+        own = solver_parameters(solver)
+        return {name: value for name, value in self.options.items() if name in own}
 
 
 class DataScore(nn.Module):
@@ -190,9 +205,19 @@ class DataSGM(nn.Module):
         """From the state ``(B, C, H, W)`` to images, in [0, 1] up to the model's own error."""
         return self.pixels.to_images(y.float())
 
-    def prior_start(self, num: int, rng: Rng, temperature: float = 1.0) -> Tensor:
-        """Where generation starts, at ``t = 1``: ``(num, *state_shape)``."""
+    def prior_start(
+        self, num: int, rng: Rng, temperature: float = 1.0, solver: Solver | None = None
+    ) -> Tensor:
+        """Where generation by ``solver`` starts, at ``t = 1``: ``(num, *state_shape)``.
+
+        A sample of the SDE's prior, but for Langevin dynamics uniform noise over the data's range
+        if the run says so (arXiv 1907.05600 appendix B, 2006.09011 appendix B): they reach the
+        largest level's law from anywhere, other solvers do not.
+        """
         shape = (num, *self.state_shape)
+        if self.sampler.start == "uniform" and isinstance(solver, AnnealedLangevin):
+            low, high = self.pixels.limits
+            return temperature * (low + (high - low) * rand(shape, rng, device=self.device))
         return temperature * self.sde.prior_sample(shape, rng, device=self.device)
 
     def eps_fn(self, labels: Tensor | None = None, guidance: float = 1.0) -> EpsFn:
@@ -221,13 +246,12 @@ class DataSGM(nn.Module):
         """The recommended sampler."""
         given, is_ncsn = self.sampler, self.ladder is not None
         solver = given.solver or ("langevin" if is_ncsn else "predictor_corrector")
-        nfe, options = given.nfe or 200, {}
-        if solver == "predictor_corrector":
-            options = {"snr": given.snr, "denoise": given.denoise}
+        nfe = given.nfe or 200
+        options: dict[str, Any] = {"snr": given.snr, "norm": given.norm, "denoise": given.denoise}
         if solver == "langevin":
-            options = self._langevin_options()
+            options |= self._langevin_options()
             levels = self.ladder.num_levels if self.ladder else 1
-            nfe = levels * options["steps_per_level"] + options["denoise"]
+            nfe = levels * options["steps_per_level"] + given.denoise
         grid = given.grid or ("ladder" if is_ncsn else make_solver(solver).default_grid)
         t_end = given.t_end
         if t_end is None:
@@ -240,7 +264,7 @@ class DataSGM(nn.Module):
         levels, given = self.ladder.num_levels, self.sampler
         steps = max(1, (given.nfe or 100 * levels) // levels)
         ratio = given.step_ratio or select_step(self.ladder, steps).step_ratio
-        return {"steps_per_level": steps, "step_ratio": ratio, "denoise": given.denoise}
+        return {"steps_per_level": steps, "step_ratio": ratio}
 
     def default_solver(self) -> tuple[Solver, Tensor]:
         """The recommended sampler as a solver and its times.
@@ -250,15 +274,30 @@ class DataSGM(nn.Module):
         """
         try:
             chosen = self.defaults
-            solver = make_solver(chosen.solver, **chosen.options)
+            solver = make_solver(chosen.solver, **chosen.options_of(chosen.solver))
+        except ValueError as error:
+            raise UserError(f"sampler: {error}") from error
+        return solver, self.times_of(solver)
+
+    def times_of(self, solver: Solver) -> Tensor:
+        """The recommended times for ``solver``: the evaluations, the grid (if the run leaves it
+        open, the solver's own) and the last time of the run's sampler.
+
+        Raises:
+            UserError: The run's sampler section does not fit.
+        """
+        try:
+            chosen = self.defaults
+            grid = self.sampler.grid or (solver.default_grid if self.ladder is None else "ladder")
             if solver.evaluations(1) is None:
-                return solver, torch.tensor([1.0, chosen.t_end], dtype=torch.float64)
-            if chosen.grid == "ladder":
-                if self.ladder is None:
-                    raise ValueError("only kind ncsn has a ladder")
-                return solver, self.ladder.times
-            steps = solver.steps_for(chosen.nfe)
-            return solver, make_grid(chosen.grid, self.sde, steps, chosen.t_end)
+                times = torch.tensor([1.0, chosen.t_end], dtype=torch.float64)
+            elif grid != "ladder":
+                times = make_grid(grid, self.sde, solver.steps_for(chosen.nfe), chosen.t_end)
+            elif self.ladder is not None:
+                times = self.ladder.times
+            else:
+                raise ValueError("only kind ncsn has a ladder")
+            return solver.check(self.sde, times)
         except ValueError as error:
             raise UserError(f"sampler: {error}") from error
 
@@ -278,12 +317,14 @@ class DataSGM(nn.Module):
     ) -> Solution:
         """Draw ``num`` states; :meth:`decode_state` makes images of them.
 
-        ``solver`` and ``times`` together replace the recommended sampler; ``labels`` and
-        ``guidance`` are those of :meth:`eps_fn`.
+        ``solver`` replaces the recommended one and ``times`` its times; a solver without times
+        takes those of :meth:`times_of`. ``labels`` and ``guidance`` are those of :meth:`eps_fn`.
         """
-        if solver is None or times is None:
-            solver, times = self.default_solver()
-        start = self.prior_start(num, rng, temperature)
+        if solver is None:
+            solver = self.default_solver()[0]
+        if times is None:
+            times = self.times_of(solver)
+        start = self.prior_start(num, rng, temperature, solver)
         eps = self.eps_fn(labels, guidance)
         return solver.solve(self.sde, eps, start, times, rng=rng, hooks=hooks, callback=callback)
 

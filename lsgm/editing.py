@@ -111,7 +111,7 @@ def _replace_known(
     """A fresh state with the known part of that of ``x``; and the finer latents of ``x``."""
     state, finer = model.encode_state(x, mean=True)
     hook = ProjectionInpainting(model.sde, state, projector)
-    start = temperature * model.sde.prior_sample(state.shape, rng, device=x.device)
+    start = model.prior_start(len(state), rng, temperature, solver)
     return solver.solve(model.sde, model.score, start, times, rng, [hook]).x, finer
 
 
@@ -225,7 +225,9 @@ def _conditional_sampler(model: Any, options: EditOptions) -> tuple[Solver, Tens
     one, else predictor and corrector.
     """
     own = getattr(model, "defaults", None)
-    draws_noise = own is not None and make_solver(own.solver, **own.options).stochastic
+    draws_noise = (
+        own is not None and make_solver(own.solver, **own.options_of(own.solver)).stochastic
+    )
     if options.solver is None and not draws_noise:
         options = replace(
             options,
@@ -239,7 +241,11 @@ def _conditional_sampler(model: Any, options: EditOptions) -> tuple[Solver, Tens
 def _flow(model: Any, options: EditOptions) -> tuple[Solver, Tensor]:
     """A deterministic sampler."""
     solver, times = choose_solver(
-        model, replace(options, solver=options.solver or DETERMINISTIC_SOLVER)
+        model,
+        # A flow is run both ways: its last time is where an image is encoded.
+        replace(
+            options, solver=options.solver or DETERMINISTIC_SOLVER, denoise=bool(options.denoise)
+        ),
     )
     if solver.stochastic:
         raise UserError(f"--solver: {options.solver} draws noise; the flow needs one that does not")

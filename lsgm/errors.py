@@ -1,8 +1,8 @@
-"""The one exception that a script turns into a single line on stderr and exit code 2."""
+"""The exceptions that a script turns into a single line on stderr and exit code 2."""
 
 from __future__ import annotations
 
-__all__ = ["UserError"]
+__all__ = ["NonFiniteError", "UserError"]
 
 
 class UserError(Exception):
@@ -12,3 +12,7 @@ class UserError(Exception):
     class is for what
     arrives from outside: command lines, configuration files, data files, run folders.
     """
+
+
+class NonFiniteError(UserError):
+    """A sampler gave values that are NaN or infinite, which no picture can show."""

@@ -259,10 +259,15 @@ class LSGM(VAEModel):
         """Draw latents of the coarsest scale ``(num, C, H, W)`` by solving the generative SDE or
         ODE on ``times``.
         """
-        start = self.sde.prior_sample((num, *self.vae.top_shape), rng, device=self.device)
-        return solver.solve(
-            self.sde, self.score, temperature * start, times, rng=rng, callback=callback
-        )
+        start = self.prior_start(num, rng, temperature)
+        return solver.solve(self.sde, self.score, start, times, rng=rng, callback=callback)
+
+    def prior_start(
+        self, num: int, rng: Rng, temperature: float = 1.0, solver: Solver | None = None
+    ) -> Tensor:
+        """Where generation starts, at ``t = 1``, with any solver: ``(num, *state_shape)``."""
+        shape = (num, *self.state_shape)
+        return temperature * self.sde.prior_sample(shape, rng, device=self.device)
 
     @property
     def state_shape(self) -> tuple[int, int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from lsgm.errors import UserError
 
@@ -29,7 +30,8 @@ class SolverOptions:
 
     solver: str | None = None
     """Solver by name: normal_reference_pc, dopri5 (adaptive), heun, ... (lsgm.solvers.SOLVERS).
-    None: what a model of images recommends, with its options; normal_reference_pc for an LSGM."""
+    None: what a model of images recommends; normal_reference_pc for an LSGM. Any solver takes what
+    a model of images recommends for it (t_end, denoise, snr, ...) unless given here."""
     nfe: int | None = None
     """Network evaluations per batch, 10 unless the model recommends otherwise; adaptive solvers
     choose their own number."""
@@ -41,6 +43,9 @@ class SolverOptions:
     0.001."""
     tolerance: float | None = None
     """Relative and absolute tolerance of adaptive solvers."""
+    max_nfe: int | None = None
+    """Most network evaluations of an adaptive solver, 10000 unless given: it stops with an error
+    where a tolerance would need more."""
     order: int | None = None
     """Order of multistep solvers."""
     alpha: str | None = None
@@ -73,7 +78,8 @@ class SolverOptions:
     step_ratio: float | None = None
     """Size of those steps over the squared noise level (langevin)."""
     denoise: bool | None = None
-    """End with a noiseless step (langevin, predictor_corrector)."""
+    """End with the posterior mean of the data at time zero, one evaluation more. None: what a model
+    of images recommends (true unless its configuration says otherwise); false for latents."""
     churn: float | None = None
     """Total amount of noise that edm_churn adds."""
     churn_min: float | None = None
@@ -94,7 +100,7 @@ class SolverOptions:
     """Seed of all noise."""
 
     def __post_init__(self) -> None:
-        for name in ("nfe", "tolerance", "temperature", "batch_size"):
+        for name in ("nfe", "tolerance", "max_nfe", "temperature", "batch_size"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}: must be positive, not {value}")
@@ -116,11 +122,18 @@ class SampleOptions(SolverOptions):
 
     run: str | None = None
     """Folder of the run."""
+    checkpoint: str | None = None
+    """Use a checkpoint of the run, finished or not, in place of its released weights: the number of
+    a step, or latest."""
     n: int = 64
-    """Number of images; at most 1024 in a PNG, any number in an NPZ, which is written batch by
-    batch."""
+    """Number of images; at most 1024 in a PNG grid, any number in an NPZ or a folder, which are
+    written batch by batch."""
+    index: tuple[int, ...] = ()
+    """Write only these of the n images (0 is the first). They are made in the batches in which all
+    n would be, and are bit for bit the same. Empty: all."""
     out: str = "samples.png"
-    """File to write: .png (a grid) or .npz (the array `images` (N, C, H, W))."""
+    """File to write: .png (a grid) or .npz (the array `images` (N, C, H, W)); or a folder (no
+    ending), for one PNG an image: 000000.png, ..."""
     dtype: str = "float32"
     """Images in an NPZ: float32 or float16 in [0, 1], or uint8 in 0..255."""
     latents: bool = False
@@ -132,21 +145,26 @@ class SampleOptions(SolverOptions):
         super().__post_init__()
         if self.n <= 0:
             raise ValueError(f"n: must be positive, not {self.n}")
-        if not self.out.endswith((".png", ".npz")):
-            raise ValueError(f"out: must end in .png or .npz, not {self.out}")
+        if Path(self.out).suffix not in (".png", ".npz", ""):
+            raise ValueError(
+                f"out: must end in .png or .npz, or be a folder without an ending, not {self.out}"
+            )
+        if any(not 0 <= k < self.n for k in self.index):
+            raise ValueError(f"index: must lie in 0 to {self.n - 1}, the n images of this seed")
         if self.dtype not in ("float32", "float16", "uint8"):
             raise ValueError(f"dtype: must be float32, float16 or uint8, not {self.dtype}")
-        if self.out.endswith(".png"):
-            if self.n > MAX_GRID_IMAGES:
-                raise ValueError(
-                    f"n: a PNG grid holds at most {MAX_GRID_IMAGES} images, not {self.n}; "
-                    "write an .npz"
-                )
-            if self.latents:
-                raise ValueError("latents: a PNG cannot hold them; write an .npz")
+        if self.out.endswith(".png") and self.num_written > MAX_GRID_IMAGES:
+            raise ValueError(
+                f"n: a PNG grid holds at most {MAX_GRID_IMAGES} images, not {self.num_written}; "
+                "write an .npz or a folder"
+            )
+        if not self.out.endswith(".npz") and self.latents:
+            raise ValueError("latents: a PNG cannot hold them; write an .npz")
 
-    def folder(self) -> str:
-        return require_run(self.run)
+    @property
+    def num_written(self) -> int:
+        """Number of images to write."""
+        return len(set(self.index)) or self.n
 
 
 @dataclass(frozen=True)

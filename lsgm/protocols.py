@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lsgm.sde import LinearSDE
-from lsgm.solvers import EpsFn
+from lsgm.solvers import EpsFn, Solver
 from vae.random import Rng
 
 __all__ = ["DiffusionModel", "GroupedModel", "has_diffusion"]
@@ -35,6 +35,11 @@ class DiffusionModel(Protocol):
 
     @property
     def device(self) -> torch.device: ...
+
+    def prior_start(
+        self, num: int, rng: Rng, temperature: float = 1.0, solver: Solver | None = None
+    ) -> Tensor:
+        """Where generation by ``solver`` starts, at ``t = 1``: ``(num, *state_shape)``."""
 
     def encode_state(
         self, x: Tensor, rng: Rng = None, *, mean: bool = False

@@ -7,25 +7,18 @@ in. Adaptive solvers share their steps over a batch, and so does ``norm="batch"`
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from lsgm.errors import UserError
-from lsgm.evaluation.figures import image_grid, save_grid
-from lsgm.files import atomic_write
-from lsgm.models import VAEModel, load
-from lsgm.npz import ArrayStream, write_npz
-from lsgm.options import SampleOptions, SolverOptions, require_run
+from lsgm.models import VAEModel
+from lsgm.options import SolverOptions
 from lsgm.protocols import DiffusionModel, has_diffusion
 from lsgm.solver_choice import choose_solver, resolve
-from lsgm.solvers import EpsFn, Hook, Solver
-from lsgm.training.precision import choose_device
+from lsgm.solvers import Callback, EpsFn, Hook, Solver
+from lsgm.solvers.base import require_finite
 from vae.random import Rng, RowGenerators
 
 __all__ = [
@@ -37,7 +30,6 @@ __all__ = [
     "draw_samples",
     "has_diffusion",
     "iterate_samples",
-    "sample_to_file",
     "solver_name",
 ]
 
@@ -59,12 +51,14 @@ class Samples:
 @dataclass(frozen=True)
 class Batch:
     """One batch of samples: ``images (B, C, H, W)`` in [0, 1], the ``latents`` that they were
-    decoded from, coarsest first (a data-space model has none), and the network evaluations.
+    decoded from, coarsest first (a data-space model has none), the network evaluations, and which
+    images of the seed they are.
     """
 
     images: Tensor
     latents: tuple[Tensor, ...]
     nfe: int
+    index: Sequence[int] = ()
 
 
 @torch.no_grad()
@@ -77,40 +71,64 @@ def draw_batch(
     temperature: float = 1.0,
     hooks: Sequence[Hook] = (),
     score: EpsFn | None = None,
+    callback: Callback | None = None,
 ) -> Batch:
-    """Draw ``num`` images; ``score`` replaces the model's own noise prediction (guidance)."""
-    start = temperature * model.sde.prior_sample(
-        (num, *model.state_shape), rng, device=model.device
-    )
-    solution = solver.solve(model.sde, score or model.score, start, times, rng, hooks)
+    """Draw ``num`` images; ``score`` replaces the model's own noise prediction (guidance).
+
+    Raises:
+        NonFiniteError: States or images are not finite.
+    """
+    start = model.prior_start(num, rng, temperature, solver)
+    solution = solver.solve(model.sde, score or model.score, start, times, rng, hooks, callback)
     finer = model.sample_finer(num, rng, temperature)
     images = model.decode_state(solution.x, finer, rng)
+    require_finite(images, "the decoder")
     latents = (solution.x, *finer) if isinstance(model, VAEModel) else ()
     return Batch(images, latents, solution.nfe)
 
 
 @torch.no_grad()
 def iterate_samples(
-    model: VAEModel | DiffusionModel, num_images: int, options: SolverOptions
+    model: VAEModel | DiffusionModel,
+    num_images: int,
+    options: SolverOptions,
+    wanted: Collection[int] = (),
+    callback: Callback | None = None,
 ) -> Iterator[Batch]:
     """Draw ``num_images`` images, batch by batch; tensors are on the CPU.
 
+    Arguments:
+        model: The model.
+        num_images: Number N of images; they have the indices 0 to N - 1.
+        options: The sampler.
+        wanted: Give only the images of these indices: batches without one are left out, the others
+            computed as a whole, so that an image does not depend on what else is wanted.
+        callback: Told after every step of the solver.
+
     Raises:
         UserError: As :func:`choose_solver`.
+        NonFiniteError: Samples are not finite.
     """
     diffusion = model if has_diffusion(model) else None
     if diffusion is not None:
         solver, times = choose_solver(diffusion, options)
     for start in range(0, num_images, options.batch_size):
         rows = range(start, min(start + options.batch_size, num_images))
+        keep = [i for i, k in enumerate(rows) if not wanted or k in wanted]
+        if not keep:
+            continue
         rng = RowGenerators.of(options.seed, rows)
         if diffusion is not None:
-            batch = draw_batch(diffusion, len(rows), rng, solver, times, options.temperature)
+            batch = draw_batch(
+                diffusion, len(rows), rng, solver, times, options.temperature, callback=callback
+            )
         else:
             assert isinstance(model, VAEModel)
             latents = model.sample_latents(len(rows), rng, options.temperature)
             batch = Batch(model.decode(latents, rng), tuple(latents), 0)
-        yield Batch(batch.images.cpu(), tuple(z.cpu() for z in batch.latents), batch.nfe)
+            require_finite(batch.images, "the decoder")
+        latents = tuple(z[keep].cpu() for z in batch.latents)
+        yield Batch(batch.images[keep].cpu(), latents, batch.nfe, [rows[i] for i in keep])
 
 
 def draw_samples(
@@ -138,62 +156,3 @@ def draw_samples(
 def solver_name(model: object, options: SolverOptions) -> str:
     """Name of the solver that ``options`` mean for the model."""
     return resolve(model, options)[0].solver or "" if has_diffusion(model) else NO_SOLVER
-
-
-def sample_to_file(options: SampleOptions) -> None:
-    """Draw images from a run and write them; print the number of evaluations and the time."""
-    model = load(require_run(options.run), choose_device(options.device))
-    if options.latents and not isinstance(model, VAEModel):
-        raise UserError("--latents: this run is a model of images and has no latents")
-    out = Path(options.out)
-    start = time.perf_counter()
-    evaluations: list[int] = []
-    with tqdm(total=options.n, unit="img", disable=None) as bar:
-
-        def batches() -> Iterator[Batch]:
-            for batch in iterate_samples(model, options.n, options):
-                evaluations.append(batch.nfe)
-                yield batch
-                bar.update(len(batch.images))
-
-        if out.suffix == ".npz":
-            _write_npz(out, batches(), options)
-        else:
-            images = torch.cat([batch.images for batch in batches()])
-            out.parent.mkdir(parents=True, exist_ok=True)
-            save_grid(image_grid(images), out)
-    seconds = time.perf_counter() - start
-    nfe = sum(evaluations) / len(evaluations)
-    print(
-        f"{options.n} images, {solver_name(model, options)}, "
-        f"NFE {nfe:g} a batch of {min(options.n, options.batch_size)}, "
-        f"{seconds:.2f} s ({seconds / options.n:.4f} s an image) -> {out}"
-    )
-
-
-def _write_npz(out: Path, batches: Iterator[Batch], options: SampleOptions) -> None:
-    """Write images, and latents if asked for, as they come."""
-    first = next(batches)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    names = ["images", *(f"latents_{i}" for i in range(len(first.latents) * options.latents))]
-    with atomic_write(out) as file, write_npz(file, names, out.parent) as streams:
-
-        def write(batch: Batch) -> None:
-            _append(streams, names, batch, options.dtype)
-
-        write(first)
-        for batch in batches:
-            write(batch)
-
-
-def _append(
-    streams: dict[str, ArrayStream], names: Sequence[str], batch: Batch, dtype: str
-) -> None:
-    images = batch.images
-    converted = (
-        images.mul(255).round().to(torch.uint8)
-        if dtype == "uint8"
-        else images.to(getattr(torch, dtype))
-    )
-    for name, value in zip(names, (converted, *batch.latents), strict=False):
-        streams[name].append(value.numpy())

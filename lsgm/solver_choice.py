@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 from typing import Any, cast
 
@@ -16,16 +15,19 @@ from lsgm.solvers import (
     SOLVERS,
     AnnealedLangevin,
     EpsFn,
+    PredictorCorrector,
     Solver,
     choose_pilot,
     make_grid,
     make_solver,
+    solver_parameters,
 )
 
 __all__ = [
     "DEFAULT_SOLVER",
     "SOLVER_OPTIONS",
     "choose_solver",
+    "given_solver_options",
     "resolve",
     "solver_arguments",
 ]
@@ -47,15 +49,17 @@ SOLVER_OPTIONS: dict[str, tuple[str, ...]] = {
             "order", "alpha", "corrector", "corrector_from", "variable", "variant",
             "lower_order_final", "eta",
             "predictor", "corrector_steps", "snr", "norm", "noise_scale", "steps_per_level",
-            "step_ratio", "denoise", "churn", "churn_min", "churn_max", "state_dtype",
+            "step_ratio", "denoise", "max_nfe", "churn", "churn_min", "churn_max", "state_dtype",
         )
     },
 }  # fmt: skip
 """Option of the command line -> arguments of the solver."""
 
 
-def _parameters(solver: str) -> set[str]:
-    return set(inspect.signature(SOLVERS[solver]).parameters)
+def given_solver_options(options: SolverOptions) -> list[str]:
+    """The options given that only a solver can use."""
+    names = ("solver", "nfe", "grid", "t_end", *SOLVER_OPTIONS)
+    return [name for name in names if getattr(options, name) is not None]
 
 
 def solver_arguments(options: SolverOptions, score: EpsFn | None = None) -> dict[str, Any]:
@@ -65,17 +69,14 @@ def solver_arguments(options: SolverOptions, score: EpsFn | None = None) -> dict
         UserError: The solver is unknown or has no such option (naming those that have it), or
             ``alpha`` is neither a number nor something that the model has.
     """
-    if options.solver not in SOLVERS:
-        raise UserError(
-            f"--solver: unknown solver {options.solver}; choose from {', '.join(SOLVERS)}"
-        )
+    assert options.solver is not None
     own, arguments = _parameters(options.solver), dict[str, Any]()
     for option, names in SOLVER_OPTIONS.items():
         value = getattr(options, option)
         if value is None:
             continue
         if not own.issuperset(names):
-            takers = [solver for solver in SOLVERS if _parameters(solver).issuperset(names)]
+            takers = [name for name in SOLVERS if _parameters(name).issuperset(names)]
             raise UserError(
                 f"--{option}: the solver {options.solver} has no such option; "
                 f"it belongs to {', '.join(takers)}"
@@ -86,6 +87,12 @@ def solver_arguments(options: SolverOptions, score: EpsFn | None = None) -> dict
     if "alpha" in arguments:
         arguments["alpha"] = _alpha(arguments["alpha"], score)
     return arguments
+
+
+def _parameters(solver: str) -> set[str]:
+    if solver not in SOLVERS:
+        raise UserError(f"--solver: unknown solver {solver}; choose from {', '.join(SOLVERS)}")
+    return set(solver_parameters(solver))
 
 
 def _alpha(text: str, score: EpsFn | None) -> float | Tensor:
@@ -103,47 +110,49 @@ def _alpha(text: str, score: EpsFn | None) -> float | Tensor:
 def resolve(model: object, options: SolverOptions) -> tuple[SolverOptions, dict[str, Any]]:
     """The options with what they leave open filled in, and further arguments of the solver.
 
-    Without a named solver it is the one that the model recommends (its ``defaults``), with its
-    arguments, evaluations and grid; its last time holds for every solver. Models that recommend
-    nothing take :data:`DEFAULT_SOLVER` down to :data:`DEFAULT_T_END`.
+    Without a named solver it is the one that the model recommends (its ``defaults``). Any solver
+    takes the model's last time and, of its recommended arguments, those that it has; the
+    recommended solver, named or not, also its evaluations and grid. Models that recommend nothing
+    take :data:`DEFAULT_SOLVER` down to :data:`DEFAULT_T_END`.
+
+    Raises:
+        UserError: The solver is unknown.
     """
     defaults = getattr(model, "defaults", None)
-    t_end = options.t_end
-    if t_end is None:
-        t_end = DEFAULT_T_END if defaults is None else defaults.t_end
-    if options.solver is not None or defaults is None:
+    if defaults is None:
+        t_end = DEFAULT_T_END if options.t_end is None else options.t_end
         return replace(options, solver=options.solver or DEFAULT_SOLVER, t_end=t_end), {}
-    filled = replace(
-        options,
-        solver=defaults.solver,
-        nfe=options.nfe or defaults.nfe,
-        grid=options.grid or defaults.grid,
-        t_end=t_end,
-    )
-    return filled, dict(defaults.options)
+    solver = options.solver or defaults.solver
+    _parameters(solver)
+    t_end = defaults.t_end if options.t_end is None else options.t_end
+    filled = replace(options, solver=solver, t_end=t_end)
+    if solver == defaults.solver:
+        filled = replace(
+            filled, nfe=options.nfe or defaults.nfe, grid=options.grid or defaults.grid
+        )
+    return filled, defaults.options_of(solver)
 
 
 def choose_solver(model: DiffusionModel, options: SolverOptions) -> tuple[Solver, Tensor]:
     """The solver of ``options`` and its time grid, float64, from 1 down to ``t_end``.
 
     Raises:
-        UserError: The solver, the grid or an option is unknown, or the evaluations are too few.
+        UserError: The solver, the grid or an option is unknown or would have no effect, the
+            evaluations are too few, or the solver cannot go down to ``t_end``.
     """
-    adaptive_given = [name for name in ("nfe", "grid") if getattr(options, name) is not None]
+    given = [name for name in given_solver_options(options) if name != "solver"]
     options, recommended = resolve(model, options)
     arguments = recommended | solver_arguments(options, model.score)
     assert options.solver is not None and options.t_end is not None
     try:
         solver = make_solver(options.solver, **arguments)
+        _refuse_idle(solver, options, given)
+        # Before anything is computed: a time without noise suits few solvers.
+        ends = solver.check(model.sde, torch.tensor([1.0, options.t_end], dtype=torch.float64))
         if solver.evaluations(1) is None:
-            for name in adaptive_given:
-                raise UserError(
-                    f"--{name}: {options.solver} is adaptive and chooses its own steps; "
-                    "set --tolerance"
-                )
-            return solver, torch.tensor([1.0, options.t_end], dtype=torch.float64)
+            return solver, ends
         if options.grid == LADDER_GRID:
-            return _on_ladder(model, solver, options)
+            return _on_ladder(model, solver, options, given)
         nfe = options.nfe or DEFAULT_NFE
         if nfe < (least := solver.evaluations(1) or 1):
             raise UserError(f"--nfe: {options.solver} needs at least {least}, got {nfe}")
@@ -155,8 +164,27 @@ def choose_solver(model: DiffusionModel, options: SolverOptions) -> tuple[Solver
         raise UserError(f"--solver {options.solver}: {error}") from error
 
 
+def _refuse_idle(solver: Solver, options: SolverOptions, given: list[str]) -> None:
+    """Refuse options of the solver that would have no effect on it.
+
+    Raises:
+        UserError: One of the ``given`` options is such.
+    """
+    if solver.evaluations(1) is None and (idle := {"nfe", "grid"}.intersection(given)):
+        raise UserError(
+            f"--{min(idle)}: {options.solver} is adaptive and chooses its own steps; set "
+            "--tolerance"
+        )
+    if isinstance(solver, PredictorCorrector) and solver.corrector_steps == 0:
+        for name in {"snr", "norm"}.intersection(given):
+            raise UserError(
+                f"--{name}: {options.solver} takes no corrector steps that it could scale; give "
+                "--corrector_steps 1 as well"
+            )
+
+
 def _on_ladder(
-    model: DiffusionModel, solver: Solver, options: SolverOptions
+    model: DiffusionModel, solver: Solver, options: SolverOptions, given: list[str]
 ) -> tuple[Solver, Tensor]:
     """The model's own noise levels; their number is fixed, and with Langevin dynamics the
     evaluations are spread over them.
@@ -164,9 +192,21 @@ def _on_ladder(
     ladder = getattr(model, "ladder", None)
     if ladder is None:
         raise UserError("--grid: only models trained on a list of noise levels have a ladder")
-    steps = len(ladder.times) - 1
+    if "t_end" in given:
+        raise UserError("--t_end: the ladder ends at its last level; choose another --grid")
+    levels = len(ladder.times)
+    if "nfe" in given:
+        if not isinstance(solver, AnnealedLangevin) or "steps_per_level" in given:
+            cost = solver.evaluations(levels - 1)
+            raise UserError(
+                f"--nfe: on the {levels} levels of the ladder this sampler takes {cost} "
+                "evaluations; leave it out, or choose another --grid"
+            )
+        if options.nfe is not None and options.nfe < levels:
+            raise UserError(f"--nfe: {levels} noise levels need at least as many evaluations")
     if isinstance(solver, AnnealedLangevin) and options.nfe and options.steps_per_level is None:
-        solver = replace(solver, steps_per_level=max(1, options.nfe // (steps + 1)))
+        solver = replace(solver, steps_per_level=options.nfe // levels)
+    solver.check(model.sde, ladder.times)
     return solver, ladder.times
 
 
@@ -175,7 +215,6 @@ def _pilot(
 ) -> tuple[Solver, Tensor]:
     # Noise of its own, so that the images are those of the same times without a pilot.
     rng = torch.Generator().manual_seed(options.seed)
-    shape = (PILOT_IMAGES, *model.state_shape)
     assert options.t_end is not None
-    start = options.temperature * model.sde.prior_sample(shape, rng, device=model.device)
+    start = model.prior_start(PILOT_IMAGES, rng, options.temperature, solver)
     return choose_pilot(model.sde, model.score, start, nfe, options.t_end, solver)

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Draw images from a trained run: a PNG grid, or an NPZ with the array `images` (N, C, H, W) in [0,
-1].
+"""Draw images from a trained run: a PNG grid, a folder of PNGs, or an NPZ with the array `images`
+(N, C, H, W) in [0, 1].
 """
 
 from lsgm.cli import run
 from lsgm.configio import parse_command_line
 from lsgm.options import SampleOptions
-from lsgm.sampling import sample_to_file
+from lsgm.sample_files import sample_to_file
 
 
 def main() -> None:

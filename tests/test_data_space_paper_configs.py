@@ -90,10 +90,10 @@ W = (128, 256, 256, 256)
 NONE, RESIDUAL, SKIP = ("none", "none"), ("none", "residual"), ("output_skip", "input_skip")
 SCORE_SDE = {
     "cifar10/score_ve": ScoreSDE(
-        (3, 32), 62_758_787, W, 4, "vesde", 50.0, RESIDUAL, 0.1, 128, 1_300_000, 0.999, 1999
+        (3, 32), 62_758_787, W, 4, "vesde", 50.0, RESIDUAL, 0.1, 128, 1_300_000, 0.999, 2000
     ),
     "cifar10/score_ve_deep": ScoreSDE(
-        (3, 32), 107_586_947, W, 8, "vesde", 50.0, RESIDUAL, 0.1, 128, 950_000, 0.999, 1999
+        (3, 32), 107_586_947, W, 8, "vesde", 50.0, RESIDUAL, 0.1, 128, 950_000, 0.999, 2000
     ),
     "cifar10/score_vp": ScoreSDE(
         (3, 32), 61_804_419, W, 4, "vpsde", None, NONE, 0.1, 128, 1_300_000, 0.9999, 1000
@@ -109,11 +109,11 @@ SCORE_SDE = {
     ),
     "celebahq256/score_ve": ScoreSDE(
         (3, 256), 65_574_421, (128, 128, *[256] * 5), 2, "vesde", 348.0, SKIP, 0.0, 64,
-        2_400_000, 0.999, 3999,
+        2_400_000, 0.999, 4000,
     ),
     "celebahq1024/score_ve": ScoreSDE(
         (3, 1024), 105_785_880, (16, 32, 64, 128, 256, 512, 512, 512), 1, "vesde", 1348.0, SKIP,
-        0.0, 8, 2_400_000, 0.9999, 3999,
+        0.0, 8, 2_400_000, 0.9999, 4000,
     ),
 }  # fmt: skip
 
@@ -176,6 +176,7 @@ def test_ncsn(name: str) -> None:
     assert (chosen.solver, chosen.grid, chosen.t_end) == ("langevin", "ladder", 0.0)
     assert chosen.options["steps_per_level"] == expected.steps
     assert chosen.options["denoise"] == (not first)
+    assert config.sampler.start == "uniform"
     ratio = 2 * expected.epsilon / sigma_min**2
     assert chosen.options["step_ratio"] == pytest.approx(ratio, rel=1e-9)
     if not first:
@@ -220,12 +221,19 @@ def test_score_sde(name: str) -> None:
 
 @pytest.mark.parametrize("name", SCORE_SDE)
 def test_score_sde_sampler(name: str) -> None:
-    """The published number of steps, of one predictor and, VE, one corrector."""
+    """The published number of times, at each one predictor (the last is the closing mean) and, VE,
+    one corrector, whose norms are averaged over the batch.
+    """
     _, model = build(name)
-    expected = SCORE_SDE[name].evaluations
+    expected = SCORE_SDE[name]
     solver, times = model.default_solver()
-    assert solver.evaluations(len(times) - 1) == expected
-    assert len(times) - 1 == (expected if expected == 1000 else (expected + 1) // 2)
+    assert solver.denoise
+    assert solver.evaluations(len(times) - 1) == expected.evaluations
+    assert len(times) == expected.evaluations // (2 if expected.sigma_max else 1)
+    assert times[-1] == (1e-5 if expected.sigma_max else 1e-3)
+    assert times.diff().diff().abs().max() < 1e-12
+    if expected.sigma_max:
+        assert (solver.corrector_steps, solver.norm) == (1, "batch")
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,43 @@ def test_given_solver_replaces_the_recommended_one():
     assert solution.nfe == 6
 
 
+def test_a_solver_without_times_takes_the_recommended_ones():
+    """And not, in silence, another solver."""
+    sampler = SamplerConfig("dpmpp_2m", 24, t_end=0.01)
+    model = with_oracle(build(sampler=sampler), 0.0, 0.5)
+    heun = make_solver("heun", keep_trajectory=True)
+    times = make_grid("sqrt_time", model.sde, 12, 0.01)
+    found = model.sample(2, rng(), solver=heun)
+    assert found.nfe == 24
+    assert torch.equal(found.x, model.sample(2, rng(), solver=heun, times=times).x)
+    adaptive = model.sample(2, rng(), solver=make_solver("dopri5"))
+    torch.testing.assert_close(adaptive.x, found.x, atol=0.02, rtol=0)
+    # times alone are those of the recommended solver
+    own = model.sample(2, rng(), times=make_grid("time", model.sde, 5, 0.01))
+    assert own.nfe == 6
+    ladder = build("ncsn")
+    assert torch.equal(ladder.times_of(heun), ladder.ladder.times)
+
+
+@pytest.mark.parametrize("data_range", ["unit", "symmetric"])
+def test_ncsn_may_start_from_uniform_noise(data_range):
+    """Over the data's range, as published; only for Langevin dynamics, which forget their start."""
+    sampler = SamplerConfig(start="uniform")
+    model = build("ncsn", sampler, data_range=data_range, ladder=LadderConfig(3.0, 0.01, 5))
+    low = -1.0 if data_range == "symmetric" else 0.0
+    solver, _ = model.default_solver()
+    start = model.prior_start(4000, rng(), solver=solver)
+    assert start.min() >= low and start.max() <= 1
+    assert start.mean().item() == pytest.approx((1 + low) / 2, abs=0.01)
+    assert start.var().item() == pytest.approx((1 - low) ** 2 / 12, rel=0.03)
+    for other in (None, make_solver("heun")):
+        assert model.prior_start(4000, rng(), solver=other).std().item() == pytest.approx(
+            3, rel=0.03
+        )
+    plain = build("ncsn", data_range=data_range, ladder=LadderConfig(3.0, 0.01, 5))
+    assert plain.prior_start(4000, rng(), solver=solver).std().item() == pytest.approx(3, rel=0.03)
+
+
 def test_defaults_of_the_ladder():
     model = build("ncsn", SamplerConfig(nfe=50, step_ratio=None))
     chosen = model.defaults

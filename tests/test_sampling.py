@@ -43,6 +43,9 @@ class OracleModel:
         )
         self.score = self.oracle.eps
 
+    def prior_start(self, num, rng, temperature=1.0, solver=None):
+        return temperature * SDE.prior_sample((num, *self.state_shape), rng)
+
     def sample_finer(self, num, rng, temperature=1.0):
         return []
 
@@ -111,6 +114,10 @@ def test_alpha_may_be_the_models():
         ("heun", {"grid": "magic"}, "time grid 'magic'"),
         ("unipc", {"order": 7}, "orders 2, 3 and 4"),
         ("predictor_corrector", {"predictor": "oracle"}, "unknown predictor"),
+        ("ancestral", {"snr": 0.1}, "--snr: ancestral takes no corrector steps"),
+        ("euler_maruyama", {"norm": "batch"}, "--norm: euler_maruyama takes no corrector steps"),
+        ("heun", {"max_nfe": 100}, "--max_nfe: .*dopri5, rk45$"),
+        ("rk4", {"t_end": 0.0}, "t = 0 has no noise"),
     ],
 )
 def test_misfits_say_what_would_be_right(solver, values, message):
@@ -243,9 +250,42 @@ def test_a_model_s_own_sampler_is_the_default():
     assert solver == make_solver("langevin", steps_per_level=4, step_ratio=0.3, denoise=True)
     drawn = draw_samples(model, 2, SolverOptions())
     assert (drawn.solver, drawn.nfe) == ("langevin", 33)
-    # What is given wins, and a named solver starts from its own options but for the last time.
+    # What is given wins; of what is recommended a named solver takes what it has.
+    named, again = choose_solver(model, SolverOptions(solver="langevin"))
+    assert named == solver and torch.equal(again, times)
     solver, _ = choose_solver(model, SolverOptions(nfe=16, step_ratio=0.1))
     assert (solver.steps_per_level, solver.step_ratio, solver.denoise) == (2, 0.1, True)
     solver, times = choose_solver(model, SolverOptions(solver="heun"))
-    assert solver == make_solver("heun")
-    assert (len(times), times[-1]) == (6, 0.25)
+    assert solver == make_solver("heun", denoise=True)
+    assert (len(times), times[-1]) == (5, 0.25)  # 8 calls and the closing one
+    # The ladder's levels are given: what cannot apply to them is refused, not ignored.
+    for values, message in (
+        ({"t_end": 0.1}, "--t_end: the ladder ends"),
+        ({"nfe": 7}, "--nfe: 8 noise levels need"),
+        ({"nfe": 16, "steps_per_level": 2}, "--nfe: .*takes 17 evaluations"),
+        ({"solver": "heun", "grid": "ladder", "nfe": 9}, "--nfe: .*takes 15 evaluations"),
+    ):
+        with pytest.raises(UserError, match=message):
+            choose_solver(model, SolverOptions(**values))
+
+
+def test_a_named_solver_takes_what_the_model_recommends_for_it():
+    model = OracleModel()
+    recommended = {"snr": 0.05, "norm": "batch", "denoise": True}
+    model.defaults = SamplerDefaults("predictor_corrector", 40, "phi", 0.01, recommended)
+    own = choose_solver(model, SolverOptions())
+    named = choose_solver(model, SolverOptions(solver="predictor_corrector"))
+    assert named[0] == own[0] and torch.equal(named[1], own[1])
+    assert (named[0].snr, named[0].norm, named[0].denoise) == (0.05, "batch", True)
+    assert choose_solver(model, options("ancestral"))[0] == make_solver("ancestral", **recommended)
+    assert choose_solver(model, options("dopri5"))[0] == make_solver("dopri5", denoise=True)
+    assert not choose_solver(model, options("dopri5", denoise=False))[0].denoise
+
+
+def test_latents_are_not_denoised_unless_asked():
+    model = OracleModel()  # recommends nothing, as an LSGM
+    assert not choose_solver(model, SolverOptions())[0].denoise
+    plain = draw_samples(model, 3, options("heun"))
+    closed = draw_samples(model, 3, options("heun", denoise=True))
+    assert plain.nfe == 10 and closed.nfe == 9  # four steps and the closing call
+    assert not torch.equal(plain.images, closed.images)

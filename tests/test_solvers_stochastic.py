@@ -168,8 +168,8 @@ def test_samples_of_a_mixture_have_its_moments(name, options, steps, t_end):
 
 
 def test_ancestral_step_is_the_discrete_chain():
-    """With the larger variance and a noiseless last step: DDPM's chain (arXiv 2006.11239) at times
-    k / T.
+    """With the larger variance and the closing mean: DDPM's chain (arXiv 2006.11239) at times k /
+    T, whose last step, from 1 / T to 0, is noiseless.
     """
     sde, total = VPSDE(), 8
     oracle = MixtureOracle.ring(sde)
@@ -181,9 +181,8 @@ def test_ancestral_step_is_the_discrete_chain():
         denoise=True,
         noise_scale=0.9,
     )
-    ours = solver.solve(
-        sde, oracle.eps, x, make_grid("time", sde, total, 0.0), torch.Generator().manual_seed(1)
-    )
+    times = make_grid("time", sde, total, 0.0)[:-1]
+    ours = solver.solve(sde, oracle.eps, x, times, torch.Generator().manual_seed(1))
     rng, z = torch.Generator().manual_seed(1), x
     alpha_bar = 1 - sde.var(torch.arange(total + 1, dtype=torch.float64) / total)
     for k in range(total, 0, -1):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lsgm.benchmark.few_step_cases import Case
 from lsgm.benchmark.reference_samplers import ReferenceSampler
+from lsgm.errors import NonFiniteError
 from lsgm.solvers import Pilot, PilotFit, Solver, fit_pilot
 from lsgm.solvers.ode import AdaptiveODE
 
@@ -96,7 +97,11 @@ class Bench:
 
     def ours(self, solver: Solver, times: Tensor) -> tuple[Tensor, int]:
         rng = torch.Generator().manual_seed(0)
-        solution = solver.solve(self.case.sde, self.case.eps_fn, self.case.start, times, rng)
+        try:
+            solution = solver.solve(self.case.sde, self.case.eps_fn, self.case.start, times, rng)
+        except NonFiniteError:
+            nowhere = torch.full_like(self.case.start, math.nan)
+            return nowhere, solver.evaluations(len(times) - 1) or 0
         return solution.x, solution.nfe
 
 

@@ -49,6 +49,11 @@ class Pixels:
         return self.spec.channels, self.spec.image_size, self.spec.image_size
 
     @property
+    def limits(self) -> tuple[float, float]:
+        """Least and largest value of ``y``."""
+        return (-1.0 if self.symmetric else 0.0), 1.0
+
+    @property
     def log_det_v(self) -> float:
         """``ln |dy / dv|`` of an image in nats: ``ln p_v(v) = ln p_y(y) + log_det_v``."""
         return self.spec.num_dims * math.log((2 if self.symmetric else 1) / 256)

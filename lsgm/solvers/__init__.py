@@ -49,6 +49,7 @@ __all__ = [
     "make_grid",
     "make_solver",
     "pilot_grid",
+    "solver_parameters",
     "times_of_noise_levels",
 ]
 
@@ -84,12 +85,20 @@ def make_solver(name: str, **options: Any) -> Solver:
     Raises:
         ValueError: The name or an option is unknown, or an option's value out of range.
     """
-    if name not in SOLVERS:
-        raise ValueError(f"unknown solver {name!r}: choose from {', '.join(SOLVERS)}")
-    factory = SOLVERS[name]
-    known = list(inspect.signature(factory).parameters)
+    known = solver_parameters(name)
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(
             f"solver {name!r} has no option {', '.join(unknown)}: choose from {', '.join(known)}"
         )
-    return factory(**options)
+    return SOLVERS[name](**options)
+
+
+def solver_parameters(name: str) -> list[str]:
+    """The names of the options of the solver of that name.
+
+    Raises:
+        ValueError: There is no such solver.
+    """
+    if name not in SOLVERS:
+        raise ValueError(f"unknown solver {name!r}: choose from {', '.join(SOLVERS)}")
+    return list(inspect.signature(SOLVERS[name]).parameters)

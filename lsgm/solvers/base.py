@@ -19,6 +19,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from lsgm.errors import NonFiniteError
 from lsgm.sde import LinearSDE
 from lsgm.tensors import expand_like
 from vae.random import Rng, randn
@@ -34,6 +35,7 @@ __all__ = [
     "Solver",
     "StepSolver",
     "probability_flow_velocity",
+    "require_finite",
 ]
 
 
@@ -89,10 +91,11 @@ class Solution:
     """The end of a solve.
 
     Attributes:
-        x: The state at the last time, ``(B, *shape)``, in the dtype of the start.
+        x: The state at the last time, or with ``denoise`` at time zero, ``(B, *shape)``, in the
+            dtype of the start.
         nfe: Number of network calls on a batch.
         trajectory: The states at all times, ``(len(times), B, *shape)``, in the state's dtype, if
-            asked for.
+            asked for; the last is ``x``.
     """
 
     x: Tensor
@@ -171,6 +174,13 @@ class Problem:
             x = hook.project(x, batch_t, self.rng).to(x.dtype)
         return x
 
+    def denoised(self, x: Tensor) -> Tensor:
+        """The posterior mean of the data given ``x (B, *shape)`` at the last time."""
+        t, sigma, m = (c[-1] for c in (self.schedule.t, self.schedule.sigma, self.schedule.m))
+        if sigma == 0 or t > self.schedule.t[0]:
+            return x
+        return self.project((x - sigma * self.eps(x, t)) / m, 0.0)
+
     def noise(self, x: Tensor) -> Tensor:
         """Standard normal noise like ``x``, drawn in the network's dtype so that the state's dtype
         does not change it.
@@ -199,10 +209,14 @@ class Solver(ABC):
     Arguments:
         state_dtype: Precision of the state. Use float32 on devices without float64.
         keep_trajectory: Return the states at all times as well.
+        denoise: End with the posterior mean of the data, ``(z - sigma eps) / m`` at the last time
+            (Tweedie's formula; arXiv 2011.13456 appendix G, 2009.05475): one more network call. A
+            state without noise is left as it is, and so is one that is encoded (increasing times).
     """
 
     state_dtype: torch.dtype = torch.float64
     keep_trajectory: bool = False
+    denoise: bool = False
 
     stochastic: ClassVar[bool] = False
     """Whether the solver draws noise; if not, ``times`` may also increase (encoding)."""
@@ -212,14 +226,27 @@ class Solver(ABC):
     @property
     @abstractmethod
     def order(self) -> int:
-        """The power of the step with which the error at the end falls; 0 where none is claimed.
+        """The power of the step with which the error at the last time falls; 0 where none is
+        claimed.
 
         For stochastic solvers it is that of the error of expectations (weak order).
         """
 
+    @property
+    def needs_noise_at_end(self) -> bool:
+        """Whether the last time must have noise: the network is called there, or the logarithm of
+        its noise level taken.
+        """
+        return True
+
     @abstractmethod
+    def _calls(self, num_steps: int) -> int | None:
+        """Network calls on the way through that many steps; None for adaptive solvers."""
+
     def evaluations(self, num_steps: int) -> int | None:
         """Network calls of a solve with that many steps; None for adaptive solvers."""
+        calls = self._calls(num_steps)
+        return None if calls is None else calls + self.denoise
 
     @abstractmethod
     def _integrate(self, problem: Problem, x: Tensor) -> list[Tensor]:
@@ -245,6 +272,21 @@ class Solver(ABC):
             steps += 1
         return steps
 
+    def check(self, sde: LinearSDE, times: Tensor) -> Tensor:
+        """The times as a float64 vector on the CPU, where all coefficients are computed.
+
+        Raises:
+            ValueError: The solver cannot go through them.
+        """
+        times = _checked(times, self.stochastic)
+        var = sde.var(times[[0, -1]]).tolist()
+        if var[0] <= 0 or (self.needs_noise_at_end and var[1] <= 0):
+            raise ValueError(
+                f"{type(self).__name__} needs var > 0 at all times, and t = "
+                f"{times[[0, -1]].min().item():g} has no noise: choose a larger t_end"
+            )
+        return times
+
     @torch.no_grad()
     def solve(
         self,
@@ -269,14 +311,17 @@ class Solver(ABC):
             callback: Told after every step.
 
         Raises:
-            ValueError: ``times`` are not as described.
+            ValueError: ``times`` are not as described, or the solver needs noise where they have
+                none.
+            NonFiniteError: The result is not finite.
         """
-        problem = Problem(
-            sde, eps_fn, _checked(times, self.stochastic), rng, hooks, callback, x.dtype
-        )
+        problem = Problem(sde, eps_fn, self.check(sde, times), rng, hooks, callback, x.dtype)
         states = self._integrate(problem, x.to(self.state_dtype))
+        if self.denoise:
+            states[-1] = problem.denoised(states[-1])
         for hook in hooks:
             states[-1] = hook.finish(states[-1]).to(self.state_dtype)
+        require_finite(states[-1], type(self).__name__)
         trajectory = torch.stack(states) if self.keep_trajectory else None
         return Solution(states[-1].to(x.dtype), problem.nfe, trajectory)
 
@@ -301,8 +346,23 @@ class StepSolver(Solver):
         return states
 
 
+def require_finite(x: Tensor, source: str) -> None:
+    """Do nothing if all of ``x (B, *shape)`` is finite; ``source`` is what gave it.
+
+    Raises:
+        NonFiniteError: It is not; says how many of the samples are not.
+    """
+    finite = x.flatten(1).isfinite().all(1)
+    if finite.all():
+        return
+    bad = len(x) - int(finite.sum())
+    raise NonFiniteError(
+        f"{source}: {bad} of {len(x)} samples ({bad / len(x):.0%}) are not finite (NaN or "
+        "infinite): the weights are, or the solver's steps are too long"
+    )
+
+
 def _checked(times: Tensor, decreasing: bool) -> Tensor:
-    """The times as a float64 vector on the CPU, where all coefficients are computed."""
     times = torch.as_tensor(times).detach().to("cpu", torch.float64)
     if times.ndim != 1 or len(times) < 2:
         raise ValueError(

@@ -28,14 +28,8 @@ __all__ = ["DDIM", "DPMSolverPP", "UniPC", "data_prediction"]
 
 
 def data_prediction(problem: Problem, x: Tensor, j: int) -> Tensor:
-    """``x0 = (z - sigma eps) / m`` at the j-th time; one network call.
-
-    Raises:
-        ValueError: The last time has no noise, where ``lambda`` is infinite.
-    """
+    """``x0 = (z - sigma eps) / m`` at the j-th time; one network call."""
     grid = problem.schedule
-    if not all(math.isfinite(value) for value in grid.log_snr):
-        raise ValueError("this solver needs var > 0 at all times: end at a larger time")
     return (x - grid.sigma[j] * problem.eps(x, grid.t[j])) / grid.m[j]
 
 
@@ -59,7 +53,11 @@ class DDIM(StepSolver):
     def stochastic(self) -> bool:  # type: ignore[override]
         return self.eta > 0
 
-    def evaluations(self, num_steps: int) -> int:
+    @property
+    def needs_noise_at_end(self) -> bool:
+        return False
+
+    def _calls(self, num_steps: int) -> int:
         return num_steps
 
     def _step(self, problem: Problem, i: int, x: Tensor, history: list[Tensor]) -> Tensor:

@@ -34,7 +34,6 @@ class AnnealedLangevin(Solver):
         steps_per_level: Langevin steps at each level (the paper's T).
         step_ratio: ``a_i / sigma_i^2``, the same at every level; the paper's ``epsilon /
             sigma_L^2``, whose ``epsilon = 2e-5`` with ``sigma_L = 0.01`` is 0.2.
-        denoise: End with ``z - sigma eps``, the expected data times ``m``: one more network call.
     """
 
     order: ClassVar[int] = 0
@@ -42,7 +41,6 @@ class AnnealedLangevin(Solver):
     default_grid: ClassVar[str] = "log_snr"
     steps_per_level: int = 100
     step_ratio: float = 0.2
-    denoise: bool = False
 
     def __post_init__(self) -> None:
         if self.steps_per_level < 1:
@@ -50,8 +48,8 @@ class AnnealedLangevin(Solver):
         if not 0 < self.step_ratio < 4:
             raise ValueError(f"step_ratio must lie in (0, 4) to be stable, got {self.step_ratio}")
 
-    def evaluations(self, num_steps: int) -> int:
-        return (num_steps + 1) * self.steps_per_level + self.denoise
+    def _calls(self, num_steps: int) -> int:
+        return (num_steps + 1) * self.steps_per_level
 
     def _integrate(self, problem: Problem, x: Tensor) -> list[Tensor]:
         grid, total = problem.schedule, problem.num_steps + 1
@@ -64,8 +62,4 @@ class AnnealedLangevin(Solver):
                 x = problem.project(x, t)
             problem.report(i + 1, total, t, x)
             states = [*states, x] if self.keep_trajectory else [x]
-        if self.denoise:
-            states[-1] = problem.project(
-                x - grid.sigma[-1] * problem.eps(x, grid.t[-1]), grid.t[-1]
-            )
         return states

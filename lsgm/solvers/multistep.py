@@ -66,7 +66,7 @@ class MultistepSolver(StepSolver):
         ``times[i]``.
         """
 
-    def evaluations(self, num_steps: int) -> int:
+    def _calls(self, num_steps: int) -> int:
         return num_steps + (self.order == 4 and self._has_accurate_start(num_steps))
 
     def _step(self, problem: Problem, i: int, x: Tensor, history: list[Tensor]) -> Tensor:

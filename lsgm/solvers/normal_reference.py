@@ -173,6 +173,10 @@ class NormalReference(MultistepSolver):
     def corrects(self) -> bool:
         return self.corrector
 
+    @property
+    def needs_noise_at_end(self) -> bool:
+        return False
+
     def _integrate(self, problem: Problem, x: Tensor) -> list[Tensor]:
         if self.corrector and problem.num_steps < self.corrector_from:
             plain = replace(self, corrector=False, lower_order_final=False)

@@ -19,7 +19,14 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 from torchdiffeq import odeint
 
-from lsgm.solvers.base import Problem, Solver, StepSolver, probability_flow_velocity
+from lsgm.errors import UserError
+from lsgm.solvers.base import (
+    Problem,
+    Solver,
+    StepSolver,
+    probability_flow_velocity,
+    require_finite,
+)
 from lsgm.solvers.grids import times_of_noise_levels
 
 __all__ = ["AdaptiveODE", "Euler", "Heun", "RungeKutta4", "integrate_adaptive"]
@@ -74,7 +81,11 @@ class Euler(_FixedStepODE):
 
     order: ClassVar[int] = 1
 
-    def evaluations(self, num_steps: int) -> int:
+    @property
+    def needs_noise_at_end(self) -> bool:
+        return False
+
+    def _calls(self, num_steps: int) -> int:
         return num_steps
 
     def _step(self, problem: Problem, i: int, x: Tensor, history: list[Tensor]) -> Tensor:
@@ -92,7 +103,11 @@ class Heun(_FixedStepODE):
 
     order: ClassVar[int] = 2
 
-    def evaluations(self, num_steps: int) -> int:
+    @property
+    def needs_noise_at_end(self) -> bool:
+        return False
+
+    def _calls(self, num_steps: int) -> int:
         return 2 * num_steps
 
     def _step(self, problem: Problem, i: int, x: Tensor, history: list[Tensor]) -> Tensor:
@@ -111,7 +126,7 @@ class RungeKutta4(_FixedStepODE):
 
     order: ClassVar[int] = 4
 
-    def evaluations(self, num_steps: int) -> int:
+    def _calls(self, num_steps: int) -> int:
         return 4 * num_steps
 
     def _step(self, problem: Problem, i: int, x: Tensor, history: list[Tensor]) -> Tensor:
@@ -123,6 +138,10 @@ class RungeKutta4(_FixedStepODE):
         k4 = slope(y + h * k3, u_next)
         return scale_next * (y + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4))
 
+
+MAX_NFE = 10_000
+"""Most network calls of an adaptive solve: some hundred are usual, and more than some thousand mean
+that the error control follows the rounding of the network."""
 
 Backend = Literal["torchdiffeq", "scipy"]
 Dynamics = Callable[[Tensor, Tensor], Tensor]
@@ -137,6 +156,7 @@ def integrate_adaptive(
     rtol: float,
     atol: float,
     backend: Backend = "torchdiffeq",
+    max_nfe: int = MAX_NFE,
 ) -> Tensor:
     """Integrate ``dy/dt = function(t, y)`` with the Dormand-Prince 5(4) pair.
 
@@ -152,15 +172,29 @@ def integrate_adaptive(
         atol: Absolute tolerance of a step.
         backend: ``"torchdiffeq"`` (dopri5, on the device of ``y``) or ``"scipy"`` (RK45, float64 on
             the CPU, the published one).
+        max_nfe: Most calls of ``function``.
 
     Raises:
         ValueError: The backend is unknown or a tolerance not positive.
-        RuntimeError: The steps became too small.
+        UserError: The steps became too small, or more calls would be needed.
     """
     if backend not in ("torchdiffeq", "scipy"):
         raise ValueError(f"backend must be 'torchdiffeq' or 'scipy', got {backend!r}")
     if rtol <= 0 or atol <= 0:
         raise ValueError(f"tolerances must be positive, got rtol={rtol}, atol={atol}")
+    calls = 0
+
+    def counted(t: Tensor, state: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > max_nfe:
+            raise UserError(
+                f"the adaptive solver is at t = {t.item():.3g} after {max_nfe} evaluations: the "
+                f"tolerance {max(rtol, atol):g} is too small for this network; raise it, or the "
+                "bound max_nfe"
+            )
+        return function(t, state)
+
     if backend == "torchdiffeq":
         # The times follow the state's precision, for devices without float64.
         limits = torch.tensor([start, end], dtype=y.dtype, device=y.device)
@@ -169,7 +203,7 @@ def integrate_adaptive(
         def within(t: Tensor, state: Tensor) -> Tensor:
             # The trial evaluation that sets the first step may lie far outside: the flow of a
             # nearly Normal prior hardly moves.
-            return function(t.clamp(low, high), state)
+            return counted(t.clamp(low, high), state)
 
         # By default the last step overshoots and is interpolated, which would ask for eps at times
         # without noise.
@@ -179,13 +213,13 @@ def integrate_adaptive(
                 within, y, limits, method="dopri5", rtol=rtol, atol=atol, options=options
             )[-1]
         except AssertionError as error:
-            raise RuntimeError(f"dopri5 failed: {error}") from error
+            raise UserError(f"dopri5 failed, its steps became too small ({error})") from error
 
     direction = math.copysign(1.0, end - start)
 
     def flat(u: float, state: np.ndarray) -> np.ndarray:
         time = torch.tensor(direction * u, dtype=torch.float64)
-        value = function(time, torch.from_numpy(state).to(y).reshape(y.shape))
+        value = counted(time, torch.from_numpy(state).to(y).reshape(y.shape))
         return direction * value.detach().flatten().double().cpu().numpy()
 
     flat_state = y.detach().flatten().double().cpu().numpy()
@@ -193,7 +227,7 @@ def integrate_adaptive(
         flat, (direction * start, direction * end), flat_state, method="RK45", rtol=rtol, atol=atol
     )
     if not result.success:
-        raise RuntimeError(f"RK45 failed: {result.message}")
+        raise UserError(f"RK45 failed: {result.message}")
     return torch.from_numpy(result.y[:, -1]).to(y).reshape(y.shape)
 
 
@@ -211,6 +245,7 @@ class AdaptiveODE(Solver):
         backend: ``"torchdiffeq"`` or ``"scipy"``.
         velocity_dtype: Precision of the coefficients and the velocity; None is the state's. The
             published sampler uses float32 for them (and for the two limits), float64 for the state.
+        max_nfe: Most network calls of a solve.
     """
 
     order: ClassVar[int] = 5
@@ -218,25 +253,44 @@ class AdaptiveODE(Solver):
     atol: float = 1e-5
     backend: Backend = "torchdiffeq"
     velocity_dtype: torch.dtype | None = None
+    max_nfe: int = MAX_NFE
 
-    def evaluations(self, num_steps: int) -> None:
+    def __post_init__(self) -> None:
+        if self.max_nfe < 1:
+            raise ValueError(f"max_nfe must be at least 1, got {self.max_nfe}")
+
+    def _calls(self, num_steps: int) -> None:
         return None
 
     def _integrate(self, problem: Problem, x: Tensor) -> list[Tensor]:
         dtype = self.velocity_dtype or self.state_dtype
         times = problem.times if problem.hooks or self.keep_trajectory else problem.times[[0, -1]]
         stops = times.to(dtype).tolist()
+        precision = torch.finfo(problem.network_dtype).eps
+        if max(self.rtol, self.atol) < precision:
+            raise UserError(
+                f"the tolerance {max(self.rtol, self.atol):g} is below the network's own precision "
+                f"({problem.network_dtype}: {precision:.1g})"
+            )
 
         def velocity(t: Tensor, z: Tensor) -> Tensor:
             time, z = t.detach().to("cpu", dtype), z.to(dtype)
             value = probability_flow_velocity(problem.sde, problem.eps(z, time.item()), z, time)
+            require_finite(value, type(self).__name__)  # the error control would not end
             problem.report(problem.nfe, None, time.item(), z)
             return value.to(self.state_dtype)
 
         states = [x]
         for start, end in zip(stops, stops[1:], strict=False):
             x = integrate_adaptive(
-                velocity, x, start, end, rtol=self.rtol, atol=self.atol, backend=self.backend
+                velocity,
+                x,
+                start,
+                end,
+                rtol=self.rtol,
+                atol=self.atol,
+                backend=self.backend,
+                max_nfe=self.max_nfe - problem.nfe,
             )
             x = problem.project(x, end)
             states = [*states, x] if self.keep_trajectory else [x]

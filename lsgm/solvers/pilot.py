@@ -29,6 +29,7 @@ import torch
 from scipy.optimize import least_squares
 from torch import Tensor
 
+from lsgm.errors import NonFiniteError
 from lsgm.sde import LinearSDE
 from lsgm.solvers.base import EpsFn, Solver
 from lsgm.solvers.grids import make_grid
@@ -102,8 +103,11 @@ class Pilot:
         return solver.solve(self.sde, self._eps, self.start, times).x.double().cpu()
 
     def residual(self, solver: Solver, times: Tensor) -> Tensor:
-        """Distance vectors to the reference, ``(P, *shape)``."""
-        return self.solve(solver, times) - self.reference
+        """Distance vectors to the reference, ``(P, *shape)``; NaN if the solver diverges."""
+        try:
+            return self.solve(solver, times) - self.reference
+        except NonFiniteError:
+            return torch.full_like(self.reference, math.nan)
 
     def error(self, solver: Solver, times: Tensor) -> float:
         """Root of the mean squared distance of a pilot to its reference (sum over components);
@@ -153,8 +157,9 @@ def fit_pilot(
 ) -> PilotFit:
     """Choose options and times of ``solver`` for ``nfe`` network calls.
 
-    A solve of the pilots takes ``nfe`` calls; the scan takes some 25 solves (3 or 4 without
-    ``fit_options``), each iteration as many as there are free steps, at most ``MAX_NODES + 2``.
+    A closing ``denoise`` is kept; what is fitted is the way to the last time. A solve of the pilots
+    takes ``nfe`` calls; the scan takes some 25 solves (3 or 4 without ``fit_options``), each
+    iteration as many as there are free steps, at most ``MAX_NODES + 2``.
 
     Arguments:
         pilot: The pilot trajectories.
@@ -171,6 +176,8 @@ def fit_pilot(
     """
     if solver.stochastic:
         raise ValueError(f"{type(solver).__name__} is stochastic: pilots fit deterministic solvers")
+    if closing := solver.denoise:
+        solver, nfe = replace(solver, denoise=False), nfe - 1
     if iterations is None:
         iterations = max(2, min(8, MAX_CALLS // (nfe * (MAX_NODES + 2))))
     before, grids = pilot.nfe, dict.fromkeys((solver.default_grid, *GRIDS))
@@ -198,7 +205,8 @@ def fit_pilot(
         close = [one for one in kinds[:2] if one.error < CLOSE * best.error]
         fits = [_refined(pilot, one, fit_options, iterations) for one in close or kinds[:1]]
         best = min([best, *fits], key=lambda one: one.error)
-    return PilotFit(best.solver, best.times, best.error, start_error, pilot.nfe - before)
+    chosen = replace(best.solver, denoise=True) if closing else best.solver
+    return PilotFit(chosen, best.times, best.error, start_error, pilot.nfe - before)
 
 
 def pilot_grid(

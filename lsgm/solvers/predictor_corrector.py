@@ -1,8 +1,10 @@
 r"""Predictor-corrector samplers of the reverse SDE (arXiv 2011.13456 section 4.2, algorithms 1-5).
 
 A predictor takes one step of a discretised reverse SDE and gives the mean and the standard
-deviation of the next state; the corrector then runs Langevin steps at the new time. Any pair
-composes and each alone is a sampler.
+deviation of the next state; the corrector runs Langevin steps at a time. In the published order
+every time, the first (t = 1) and the last included, is corrected before the predictor leaves it;
+the last predictor step, which leads to time zero and whose mean is the published result, is the
+solver's ``denoise``. Any pair composes and each alone is a sampler.
 
 The discrete predictors use the exact transition ``z_t = a z_s + b e`` of the linear SDE, ``a = m_t
 / m_s``, ``b^2 = sigma_t^2 - a^2 sigma_s^2``. For the VE SDE these are the published formulas; for
@@ -79,16 +81,16 @@ PREDICTORS: dict[str, Predictor] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PredictorCorrector(StepSolver):
-    """One predictor step to each time, then Langevin steps there.
+    """Langevin steps at each time, then one predictor step to the next.
 
     Hooks replace the state after the predictor and after every corrector step (ibid. appendix I.2).
     The corrector's step is ``2 a^2 (snr |e| / |score|)^2`` (ibid. algorithms 4 and 5, whose
-    ``alpha_i`` is ``a^2``).
+    ``alpha_i`` is the ``a^2`` of the step that leaves the time).
 
     Arguments:
         predictor: Name in ``PREDICTORS``, or None for the corrector alone (then ``z / m`` is kept
             from time to time).
-        corrector_steps: Langevin steps at each new time; 0 for the predictor alone.
+        corrector_steps: Langevin steps at each time; 0 for the predictor alone.
         snr: Signal-to-noise ratio of the corrector's step.
         norm: How ``|e| / |score|`` is taken: ``"image"``, each image's own, so that samples do not
             depend on how the batch is split; ``"batch"``, of norms averaged over the batch, as
@@ -96,7 +98,6 @@ class PredictorCorrector(StepSolver):
             ``sigma_t``: the one to use for data of few dimensions, where single norms may nearly
             vanish.
         noise_scale: Factor on the predictor's noise (a temperature).
-        denoise: The last step returns the predictor's mean, without noise and correction.
     """
 
     stochastic: ClassVar[bool] = True
@@ -106,7 +107,6 @@ class PredictorCorrector(StepSolver):
     snr: float = 0.16
     norm: Literal["image", "batch", "expected"] = "image"
     noise_scale: float = 1.0
-    denoise: bool = False
 
     def __post_init__(self) -> None:
         if self.predictor is not None and self.predictor not in PREDICTORS:
@@ -115,38 +115,47 @@ class PredictorCorrector(StepSolver):
             )
         if self.corrector_steps < 0 or (self.predictor is None and self.corrector_steps == 0):
             raise ValueError("need a predictor or a positive number of corrector steps")
-        if self.predictor is None and self.denoise:
-            raise ValueError("denoise is the predictor's mean: it needs a predictor")
         if self.norm not in ("image", "batch", "expected"):
             raise ValueError(f"norm must be 'image', 'batch' or 'expected', got {self.norm!r}")
 
     @property
     def order(self) -> int:
         """Weak order 1 of a predictor alone; the corrector's bias does not fall with the step."""
-        unbiased = self.corrector_steps == 0 and self.noise_scale == 1 and not self.denoise
+        unbiased = self.corrector_steps == 0 and self.noise_scale == 1
         return int(unbiased and self.predictor != "ancestral_large")
 
-    def evaluations(self, num_steps: int) -> int:
-        corrections = (num_steps - self.denoise) * self.corrector_steps
-        return corrections + (num_steps if self.predictor else 0)
+    @property
+    def needs_noise_at_end(self) -> bool:
+        return self.corrector_steps > 0
+
+    def _calls(self, num_steps: int) -> int:
+        return (num_steps + 1) * self.corrector_steps + (num_steps if self.predictor else 0)
+
+    def _integrate(self, problem: Problem, x: Tensor) -> list[Tensor]:
+        states = super()._integrate(problem, x)
+        states[-1] = self._corrected(problem, problem.num_steps, states[-1])
+        return states
 
     def _step(self, problem: Problem, i: int, x: Tensor, history: list[Tensor]) -> Tensor:
         grid = problem.schedule
+        x = self._corrected(problem, i, x)
         if self.predictor is None:
-            x = grid.m[i + 1] / grid.m[i] * x
-        else:
-            step = PREDICTORS[self.predictor](problem, i, x, problem.eps(x, grid.t[i]))
-            if self.denoise and i + 1 == problem.num_steps:
-                return step.mean
-            x = step.mean + self.noise_scale * step.std * problem.noise(x)
+            return grid.m[i + 1] / grid.m[i] * x
+        step = PREDICTORS[self.predictor](problem, i, x, problem.eps(x, grid.t[i]))
+        return step.mean + self.noise_scale * step.std * problem.noise(x)
+
+    def _corrected(self, problem: Problem, i: int, x: Tensor) -> Tensor:
+        """``x`` after all Langevin steps at ``times[i]``."""
         for _ in range(self.corrector_steps):
-            x = self._correct(problem, i, problem.project(x, grid.t[i + 1]))
+            x = problem.project(self._correct(problem, i, x), problem.schedule.t[i])
         return x
 
     def _correct(self, problem: Problem, i: int, x: Tensor) -> Tensor:
+        """``x`` after one Langevin step at ``times[i]``."""
         grid = problem.schedule
-        sigma, a = grid.sigma[i + 1], grid.m[i] / grid.m[i + 1]
-        eps = problem.eps(x, grid.t[i + 1])
+        # The step after the last time leads to time zero, where m = 1.
+        sigma, a = grid.sigma[i], grid.m[i] / [*grid.m, 1.0][i + 1]
+        eps = problem.eps(x, grid.t[i])
         if self.norm == "expected":
             # a step of 2 (a snr sigma)^2 along the score is a Langevin step of twice that size
             return langevin_step(problem, x, eps, sigma, (2 * a * self.snr) ** 2)

@@ -35,7 +35,7 @@ class SDEDPMSolverPP(StepSolver):
         if self.order not in (1, 2):
             raise ValueError(f"SDE-DPM-Solver++ has orders 1 and 2, got {self.order}")
 
-    def evaluations(self, num_steps: int) -> int:
+    def _calls(self, num_steps: int) -> int:
         return num_steps
 
     def _step(self, problem: Problem, i: int, x: Tensor, history: list[Tensor]) -> Tensor:
@@ -80,7 +80,11 @@ class EDMChurn(StepSolver):
         if self.churn < 0:
             raise ValueError(f"churn must not be negative, got {self.churn}")
 
-    def evaluations(self, num_steps: int) -> int:
+    @property
+    def needs_noise_at_end(self) -> bool:
+        return False
+
+    def _calls(self, num_steps: int) -> int:
         return 2 * num_steps
 
     def _step(self, problem: Problem, i: int, x: Tensor, history: list[Tensor]) -> Tensor:

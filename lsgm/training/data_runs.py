@@ -16,6 +16,7 @@ from lsgm.config_data import NCSNTrainConfig, ScoreModelConfig
 from lsgm.data import Batches, Datasets
 from lsgm.data.pixels import Pixels
 from lsgm.datasgm import DataSGM, build_data_model
+from lsgm.errors import NonFiniteError
 from lsgm.evaluation.figures import image_grid, learning_curves, read_metrics, save_grid
 from lsgm.files import RunFolder
 from lsgm.models import save
@@ -120,10 +121,14 @@ def _evaluate(
         total += stage.loss(x, labels, rng).loss.item() * len(x)
         count += len(x)
     labels = None if classes is None else torch.arange(GRID_IMAGES) % classes
-    samples = model.decode_state(model.sample(GRID_IMAGES, rng, labels=labels).x).cpu()
-    grid = image_grid(samples)
-    context.log_image("samples", grid)
-    save_grid(grid, context.run.samples / f"samples_{context.step:08d}.png")
+    try:
+        samples = model.decode_state(model.sample(GRID_IMAGES, rng, labels=labels).x).cpu()
+    except NonFiniteError as error:  # early weights, say: the run goes on
+        print(f"warning: step {context.step}: no sample grid: {error}", flush=True)
+    else:
+        grid = image_grid(samples)
+        context.log_image("samples", grid)
+        save_grid(grid, context.run.samples / f"samples_{context.step:08d}.png")
     _curves(context, "score matching loss, a value of the image")
     return {"loss": total / count / model.spec.num_dims}
 

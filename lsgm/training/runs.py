@@ -12,7 +12,7 @@ import torch
 
 from lsgm.config import DataConfig, LSGMTrainConfig, PriorConfig, TrainConfig, VAETrainConfig
 from lsgm.data import Batches, Datasets, preprocess
-from lsgm.errors import UserError
+from lsgm.errors import NonFiniteError, UserError
 from lsgm.evaluation.figures import (
     image_grid,
     learning_curves,
@@ -33,7 +33,7 @@ from lsgm.training.stages import LSGMStage, VAEStage
 from lsgm.training.state import Stage, TrainState
 from vae.objective import active_channels, kl_per_channel
 
-__all__ = ["train_lsgm", "train_vae"]
+__all__ = ["first_stage", "lsgm_to_train", "train_lsgm", "train_vae"]
 
 MONITOR = SolverOptions(batch_size=64)
 """How sample grids are drawn during training."""
@@ -78,7 +78,7 @@ def train_lsgm(config: LSGMTrainConfig, out: str | None = None, *, resume: bool 
     if config.data is None or (config.vae_run or config.lsgm_run) is None:
         raise UserError("--vae: give the folder of a finished VAE run, for example --vae runs/vae")
     with distributed(config.train.device) as world:
-        first = _first_stage(config)
+        first = first_stage(config)
         run, datasets = open_run(config, config.data, out, resume, world)
         if not _same_images(first, datasets):
             source = config.lsgm_run or config.vae_run
@@ -86,10 +86,7 @@ def train_lsgm(config: LSGMTrainConfig, out: str | None = None, *, resume: bool 
                 f"{source}: it is not a model of {datasets.spec.name} images of this size"
             )
         torch.manual_seed(config.train.seed)
-        if config.lsgm_run is not None:
-            model = _continued(first, config)
-        else:
-            model = _with_new_prior(first, config, datasets)
+        model = lsgm_to_train(first, config, datasets)
         stage = LSGMStage(model, config.objective, model.prior_config)
         optims = {"prior": config.optim_prior}
         if stage.trains_vae:
@@ -98,7 +95,18 @@ def train_lsgm(config: LSGMTrainConfig, out: str | None = None, *, resume: bool 
     return run.path
 
 
-def _first_stage(config: LSGMTrainConfig) -> VAEModel:
+def lsgm_to_train(
+    first: VAEModel, config: LSGMTrainConfig, datasets: Datasets, *, find_inactive: bool = True
+) -> LSGM:
+    """The model before its first step, over the VAE ``first`` or from that LSGM on; without
+    ``find_inactive`` no channel is left out yet, whatever ``prior.drop_inactive`` says.
+    """
+    if config.lsgm_run is not None:
+        return _continued(first, config)
+    return _with_new_prior(first, config, datasets, find_inactive)
+
+
+def first_stage(config: LSGMTrainConfig) -> VAEModel:
     """The model that the second stage starts from."""
     first: Any = load(config.lsgm_run or config.vae_run or "")
     if config.lsgm_run is not None:
@@ -129,12 +137,14 @@ def _check_prior(first: LSGM, config: LSGMTrainConfig) -> None:
         raise UserError(f"add_context_blocks: {config.lsgm_run} has a decoder without a context")
 
 
-def _with_new_prior(first: VAEModel, config: LSGMTrainConfig, datasets: Datasets) -> LSGM:
+def _with_new_prior(
+    first: VAEModel, config: LSGMTrainConfig, datasets: Datasets, find_inactive: bool
+) -> LSGM:
     """The trained VAE and an untrained prior."""
     prior = _fit_sde(config.prior, first, datasets, config.train.batch_size)
     score = build_prior(prior, first.vae)
     model = LSGM(first.vae, score, datasets.spec, first.vae_config, prior)
-    if prior.drop_inactive:
+    if prior.drop_inactive and find_inactive:
         score.deactivate(_inactive_channels(model, datasets, config.train.batch_size))
     return model
 
@@ -222,13 +232,14 @@ def _evaluate(
         batches(datasets.test, model.spec, limit=train.eval_images, **settings),
         seed=train.seed,
     )
-    samples = draw_samples(model, MONITOR.batch_size, MONITOR).images
+    grids = {}
+    try:
+        grids["samples"] = image_grid(draw_samples(model, MONITOR.batch_size, MONITOR).images)
+    except NonFiniteError as error:  # early weights, say: the run goes on
+        print(f"warning: step {context.step}: no sample grid: {error}", flush=True)
     x = next(batches(datasets.test, model.spec, batch_size=32, **settings))
     reconstructed = model.reconstruct(x, torch.Generator().manual_seed(train.seed)).cpu()
-    grids = {
-        "samples": image_grid(samples),
-        "reconstructions": reconstruction_grid(model.to_images(x), reconstructed),
-    }
+    grids["reconstructions"] = reconstruction_grid(model.to_images(x), reconstructed)
     for name, grid in grids.items():
         context.log_image(name, grid)
         save_grid(grid, context.run.samples / f"{name}_{context.step:08d}.png")
