@@ -47,11 +47,12 @@ class DataConfig:
     image_size: int | None = None
     """folder only: side in pixels after resizing the shorter side and cropping the centre."""
     channels: int | None = None
-    """folder only: 1 (grey) or 3 (colour). None: as the first image."""
+    """folder only: 1 (grey) or 3 (colour). None: grey if all files are."""
     flip: bool | None = None
     """Random horizontal flips in training. None: yes for cifar10 and folder."""
-    augment: Literal["none", "affine"] = "none"
-    """Augmentation in training. affine: small random shifts, rotations, scalings and shears."""
+    augment: Literal["auto", "none", "affine"] = "auto"
+    """Augmentation in training. affine: small random shifts, rotations, scalings and shears. auto:
+    affine for digits, none for all others."""
     num_workers: int = 0
     """folder only: threads that decode images (0: decode where the batch is needed)."""
     test_fraction: float = 0.1
@@ -162,7 +163,7 @@ class TrainConfig:
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     """Precision of the networks; losses and optimizer state stay float32."""
     device: str = "auto"
-    """auto (an accelerator if there is one), cpu, cuda, cuda:1, mps, ..."""
+    """auto (an accelerator with 64-bit floats if there is one), cpu, cuda, cuda:1, ..."""
     channels_last: bool = True
     """Channels-last memory layout: faster, same result."""
     compile: bool = False

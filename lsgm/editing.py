@@ -23,7 +23,7 @@ from lsgm.conditioning import (
 )
 from lsgm.configio import parse_command_line
 from lsgm.data import build_datasets, preprocess
-from lsgm.data.folder import read_image
+from lsgm.data.images import read_image
 from lsgm.errors import UserError
 from lsgm.evaluation.figures import image_grid, save_grid
 from lsgm.latents import decode, draw_code, encode, interpolate, resample_groups
@@ -201,6 +201,7 @@ def _inputs(model: Any, options: EditOptions) -> tuple[Tensor, Tensor]:
     without padding.
     """
     datasets = build_datasets(load_data_config(require_run(options.run), options.data_root))
+    print(datasets.summary(), flush=True)
     spec = datasets.spec
     if options.files:
         if missing := [name for name in options.files if not Path(name).is_file()]:

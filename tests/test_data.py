@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
-from lsgm.config import DataConfig
+from lsgm.config import DataConfig, VAETrainConfig
+from lsgm.configio import load_config
 from lsgm.data import (
     ArrayDataset,
     Batches,
@@ -25,9 +26,11 @@ from lsgm.data import (
     storage,
 )
 from lsgm.data.folder import FolderDataset
+from lsgm.data.pixels import Pixels
 from lsgm.data.sources import column_major_images
 from lsgm.data.torchvision import import_torchvision
 from lsgm.errors import UserError
+from lsgm.evaluation.nll import evaluation_batches
 from vae.random import ShardedGenerator
 
 BINARY = DataSpec("toy", channels=1, image_size=4, padding=0, binary=True)
@@ -212,6 +215,45 @@ def test_affine_moves_ink_without_bias_and_never_into_the_padding():
     assert abs(ink.mean() / 36 - 1) < 0.05
 
 
+def test_no_frame_comes_in_from_outside_of_a_picture():
+    grey = torch.full((50, 3, 12, 12), 0.7)
+    torch.testing.assert_close(random_affine(grey, 0, seeded(), "reflection"), grey)
+    assert random_affine(grey, 0, seeded(), "zeros").min() < 0.1
+    spec = DataSpec("toy", 3, 12, 0, False, affine=True, affine_padding="reflection")
+    augmented = preprocess(grey, spec, rng=seeded(), train=True)
+    torch.testing.assert_close(augmented, 2 * grey - 1)
+    torch.testing.assert_close(Pixels.of(spec, "unit", False).augment(grey, seeded()), grey)
+
+
+def test_augmentation_belongs_to_the_dataset(tmp_path):
+    """The README's example: pictures of one's own under the configuration made for digits."""
+    write_images(tmp_path, 4)
+    words = ["--data.name", "folder", "--data.root", str(tmp_path), "--data.image_size", "8"]
+    config = Path(__file__).parent.parent / "configs" / "digits" / "vae.yaml"
+    data = load_config(VAETrainConfig, config, words).data
+    assert not build_datasets(data).spec.affine
+    data = load_config(VAETrainConfig, config, [*words, "--data.augment", "affine"]).data
+    spec = build_datasets(data).spec
+    assert spec.affine and spec.affine_padding == "reflection"
+    assert build_datasets(load_config(VAETrainConfig, config).data).spec.affine
+
+
+def test_digits_are_augmented_unless_told_otherwise():
+    affine = {
+        choice: build_datasets(DataConfig(augment=choice)).spec.affine
+        for choice in ("auto", "none", "affine")
+    }
+    assert affine == {"auto": True, "none": False, "affine": True}
+    assert build_datasets(DataConfig()).spec.affine_padding == "zeros"
+
+
+def test_bounds_on_training_images_are_of_the_images_themselves():
+    images = torch.rand(6, 3, 8, 8, generator=seeded())
+    spec = DataSpec("toy", 3, 8, 0, False, flip=True, affine=True, affine_padding="reflection")
+    batches = evaluation_batches(ArrayDataset(images), spec, batch_size=4)
+    assert torch.equal(torch.cat(list(batches)), 2 * images - 1)
+
+
 # Named datasets
 
 
@@ -271,6 +313,78 @@ def test_wrong_omniglot_files_are_refused(tmp_path, arrays, expected):
     line = message(build_datasets, chardata(tmp_path, **arrays))
     assert str(tmp_path / "omniglot" / "chardata.mat") in line
     assert expected in line
+
+
+def one_hot(labels: list[int], rows: int = 50) -> np.ndarray:
+    return np.eye(rows)[:, labels]
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        (np.full((50, 6), np.nan), "must have one 1 in each column"),
+        (np.zeros((50, 6)), "must have one 1 in each column"),
+        (one_hot([0, 1, 2, 3, 4, 5]) * 2, "must have one 1 in each column"),
+        (one_hot([60, 1, 2, 3, 4, 5], rows=70), "has shape (70, 6) where (50, 6) is needed"),
+        (one_hot([0, 1, 2]), "has shape (50, 3) where (50, 6) is needed"),
+    ],
+    ids=["NaN", "none", "twos", "out of range", "too few"],
+)
+def test_wrong_omniglot_labels_are_refused(tmp_path, target, expected):
+    line = message(build_datasets, chardata(tmp_path, target=target, testtarget=one_hot([0, 1, 2])))
+    assert "chardata.mat: 'target'" in line and expected in line
+
+
+def test_omniglot_has_classes_where_both_splits_have_labels(tmp_path):
+    labels = one_hot([3, 1, 4, 1, 5, 9])
+    data = build_datasets(chardata(tmp_path, target=labels, testtarget=one_hot([2, 6, 49])))
+    assert data.spec.num_classes == 50 and data.test.labels.tolist() == [2, 6, 49]
+    assert build_datasets(chardata(tmp_path, target=labels)).spec.num_classes is None
+
+
+def test_array_datasets_refuse_labels_that_are_no_classes():
+    images = torch.zeros(2, 1, 4, 4)
+    for labels in (torch.tensor([float("nan"), 1.0]), torch.tensor([-1, 0])):
+        with pytest.raises(ValueError, match="labels must be int64 and at least 0"):
+            ArrayDataset(images, labels)
+
+
+def idx(array: np.ndarray) -> bytes:
+    head = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    return head + array.astype(np.uint8).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "expected"),
+    [
+        (idx(np.zeros((3, 28, 28)))[:-5], idx(np.zeros(3)), "files are damaged"),
+        (b"<html>", idx(np.zeros(3)), "files are damaged"),
+        (b"", idx(np.zeros(3)), "files are damaged"),
+        (idx(np.zeros((3, 32, 32))), idx(np.zeros(3)), "(3, 32, 32) where (N, 28, 28)"),
+        (idx(np.zeros((3, 28, 28))), idx(np.zeros(2)), "3 images, but labels of shape (2,)"),
+        (idx(np.zeros((3, 28, 28))), idx(np.array([0, 10, 1])), "0 to 10 where 0 to 9"),
+    ],
+    ids=["truncated", "text", "empty", "shape", "count", "label"],
+)
+def test_damaged_mnist_files_are_refused(tmp_path, monkeypatch, images, labels, expected):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split in ("train", "t10k"):
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(images)
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(labels)
+    monkeypatch.setattr(sources, "fetch_into", offline)  # what is damaged is not missing
+    line = message(build_datasets, DataConfig(name="mnist", root=str(tmp_path)))
+    assert str(tmp_path / "MNIST") in line and expected in line
+
+
+def test_damaged_cifar10_files_are_refused_before_they_are_unpickled(tmp_path, monkeypatch):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]:
+        (tmp_path / "cifar-10-batches-py" / name).write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    import_torchvision("datasets")
+    monkeypatch.setattr("torchvision.datasets.cifar.pickle.load", offline)
+    line = message(build_datasets, DataConfig(name="cifar10", root=str(tmp_path)))
+    assert "cifar-10-batches-py: files are missing or damaged" in line
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "empty"])
@@ -379,7 +493,9 @@ def test_folder_split_is_fixed_and_complete(tmp_path):
     assert (len(one.train), len(one.test)) == (15, 5)
     assert one.test.paths == two.test.paths
     assert len({*one.train.paths, *one.test.paths}) == 20
-    assert one.spec == DataSpec("folder", 3, 8, 0, False, None, flip=True)
+    assert one.spec == DataSpec(
+        "folder", 3, 8, 0, False, None, flip=True, affine_padding="reflection"
+    )
     assert one.train[0].shape == (3, 8, 8)
 
 

@@ -235,6 +235,19 @@ def test_noise_from_the_data():
     assert fitted.sde.sigma2_max == pytest.approx(64 * (255 / 256) ** 2, rel=1e-5)
 
 
+@pytest.mark.parametrize("count", [1, 40])
+def test_noise_cannot_be_taken_from_images_that_are_all_alike(count):
+    images = ArrayDataset(torch.full((count, 1, 4, 4), 0.3))
+    datasets = Datasets(images, images, SPEC)
+    ve = ScoreModelConfig(
+        ncsnpp=NETWORK, sde=SDEConfig(kind="vesde", time_eps=1e-5), fit_sigma_max=True
+    )
+    ladder = ScoreModelConfig(ncsnpp=NETWORK, ladder=LadderConfig(None, 0.01, None))
+    for kind, config in (("score_sde", ve), ("ncsn", ladder)):
+        with pytest.raises(UserError, match=r"training images of \w+ are alike .*; give it"):
+            fit_noise(kind, config, datasets)
+
+
 def test_a_weighting_that_does_not_fit_is_named():
     model = build(sde=SDEConfig(kind="vesde", sigma2_max=100.0, time_eps=1e-5))
     with pytest.raises(UserError, match="objective: the rescaled weighting"):

@@ -357,12 +357,21 @@ def test_mistakes_of_the_caller_are_named(tmp_path):
 
 def test_devices_that_are_missing_are_named():
     assert choose_device("cpu") == torch.device("cpu")
-    assert choose_device("auto").type in ("cpu", "cuda", "mps", "xpu")
+    assert choose_device("auto").type in ("cpu", "cuda", "xpu")
     with pytest.raises(UserError, match="no device"):
         choose_device("gpu")
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="not available"):
             choose_device("cuda:3")
+
+
+def test_a_device_without_float64_is_not_chosen(monkeypatch):
+    mps = torch.device("mps")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: mps)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    assert choose_device("auto") == torch.device("cpu")
+    with pytest.raises(UserError, match="device: mps has no 64-bit floats.*use cpu or auto"):
+        choose_device("mps")
 
 
 def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):

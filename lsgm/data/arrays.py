@@ -16,7 +16,7 @@ class ArrayDataset(ImageDataset):
 
     Args:
         images: Shape (N, C, H, H), unpadded; uint8 in [0, 255] or float32 in [0, 1].
-        labels: Shape (N,), int64, or None.
+        labels: Shape (N,), int64, at least 0, or None.
         padding: Zero pixels that :meth:`batch` adds on each side.
 
     Raises:
@@ -30,6 +30,8 @@ class ArrayDataset(ImageDataset):
             raise ValueError(f"images must be uint8 or float32, not {images.dtype}")
         if labels is not None and labels.shape != images.shape[:1]:
             raise ValueError(f"{len(images)} images but labels of shape {tuple(labels.shape)}")
+        if labels is not None and (labels.dtype != torch.int64 or (labels < 0).any()):
+            raise ValueError("labels must be int64 and at least 0")
         self.images = images
         self.labels = labels
         self.padding = padding

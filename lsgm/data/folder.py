@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 
 from lsgm.config import DataConfig
+from lsgm.data.discovery import count_files, find_images, subfolders
+from lsgm.data.images import EXTENSIONS, is_grey, read_image
 from lsgm.data.spec import Datasets, DataSpec, ImageDataset
 from lsgm.errors import UserError
 
-__all__ = ["EXTENSIONS", "Folder", "FolderDataset", "read_image"]
+__all__ = ["Folder", "FolderDataset"]
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # A set below this size is decoded once and kept as uint8.
 MEMORY_LIMIT_BYTES = 2 * 1024**3
-TEST_FOLDERS = ("test", "val", "valid", "validation")
+# Names of the splits, in any case; where several are there, the first here.
+TRAIN_FOLDERS = ("train", "training")
+TEST_FOLDERS = ("test", "testing", "val", "valid", "validation")
+READING_THREADS = 8
+"""Threads that read all images at the start of a training, at most."""
 
 
 @dataclass(frozen=True)
 class Folder:
     """Build train and test sets from a folder.
 
-    * ``root/train`` and ``root/test`` (or val) are the splits where both exist; otherwise
-      `test_fraction` of all images, chosen by a fixed seed over the sorted file names, is the test
-      set.
+    * ``root/train`` and ``root/test`` (or val; in any case) are the splits where both exist;
+      otherwise `test_fraction` of all images, chosen by a fixed seed over the sorted file names, is
+      the test set.
     * Images that lie in subfolders of a split get the subfolder's name as label, unless some image
-      lies beside them.
+      lies beside them or there is one subfolder only.
+    * Images are grey if all files are.
     """
 
     def __call__(self, cfg: DataConfig) -> Datasets:
@@ -44,14 +52,11 @@ class Folder:
         root = Path(cfg.root).expanduser()
         if not root.is_dir():
             raise UserError(f"data.root: {root} is not a folder")
-        train, test = self._splits(root, cfg.test_fraction)
-        channels = cfg.channels or _channels_of(train[0][0])
-        names = [name for _, name in train + test]
-        classes = (
-            None
-            if any(name is None for name in names)
-            else sorted({name for name in names if name})
-        )
+        train, test, ignored = _splits(root, cfg.test_fraction)
+        paths = [path for path, _ in train + test]
+        channels = cfg.channels or (1 if all(map(is_grey, paths)) else 3)
+        names = {name for _, name in train + test}
+        classes = None if None in names or len(names) < 2 else sorted(filter(None, names))
         spec = DataSpec(
             name=cfg.name,
             channels=channels,
@@ -61,6 +66,7 @@ class Folder:
             num_classes=len(classes) if classes else None,
             flip=True if cfg.flip is None else cfg.flip,
             affine=cfg.augment == "affine",
+            affine_padding="reflection",
         )
         sets = [
             FolderDataset(
@@ -74,21 +80,75 @@ class Folder:
             )
             for split in (train, test)
         ]
-        return Datasets(sets[0], sets[1], spec)
+        return Datasets(sets[0], sets[1], spec, dict(ignored))
 
-    @staticmethod
-    def _splits(root: Path, test_fraction: float) -> list[list[tuple[Path, str | None]]]:
-        test_folder = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
-        if (root / "train").is_dir() and test_folder is not None:
-            return [_find_images(root / "train"), _find_images(test_folder)]
-        images = _find_images(root)
-        if len(images) < 2:
+
+Named = list[tuple[Path, str | None]]
+"""Image files, each with the name of its class."""
+
+
+def _splits(root: Path, test_fraction: float) -> tuple[Named, Named, Counter[str]]:
+    """The images of both splits, and why other files are ignored.
+
+    Raises:
+        UserError: There are no images, too few, or it cannot be told what is a split.
+    """
+    folders = subfolders(root)
+    train, test = (_split_folder(folders, names) for names in (TRAIN_FOLDERS, TEST_FOLDERS))
+    ignored: Counter[str] = Counter()
+    if train is not None and test is not None:
+        outside = (path for path in root.iterdir() if path not in (train, test))
+        ignored[f"outside {train.name}/ and {test.name}/"] += sum(map(count_files, outside))
+        return _named_images(train, ignored), _named_images(test, ignored), ignored
+    if train is None and test is not None:
+        raise UserError(f"data.root: {root} has {test.name}/ and no train/ beside it")
+    images = _named_images(root, ignored)
+    if train is not None:
+        beside = next((path for path, _ in images if train not in path.parents), None)
+        if beside is not None:
             raise UserError(
-                f"data.root: {root} has one image only; training and testing need at least two"
+                f"data.root: {root} has {train.name}/ and no test/, but other images beside it "
+                f"({beside.relative_to(root)}): add test/, choose {train}, or rename {train.name}/ "
+                "if it is a class"
             )
-        order = np.random.default_rng(0).permutation(len(images))
-        held_out = min(max(round(test_fraction * len(images)), 1), len(images) - 1)
-        return [[images[i] for i in sorted(part)] for part in (order[held_out:], order[:held_out])]
+        images = _with_classes([path for path, _ in images], train)
+    if len(images) < 2:
+        raise UserError(
+            f"data.root: {root} has one image only; training and testing need at least two"
+        )
+    order = np.random.default_rng(0).permutation(len(images))
+    held_out = min(max(round(test_fraction * len(images)), 1), len(images) - 1)
+    parts = ([images[i] for i in sorted(p)] for p in (order[held_out:], order[:held_out]))
+    return next(parts), next(parts), ignored
+
+
+def _split_folder(folders: list[Path], names: tuple[str, ...]) -> Path | None:
+    for name in names:
+        matches = [folder for folder in folders if folder.name.lower() == name]
+        if len(matches) > 1:
+            both = " and ".join(f"{folder.name}/" for folder in matches)
+            raise UserError(f"data.root: {matches[0].parent} has {both}; keep one of them")
+        if matches:
+            return matches[0]
+    return None
+
+
+def _named_images(folder: Path, ignored: Counter[str]) -> Named:
+    """All images below ``folder`` with their classes; adds up what is ignored."""
+    found = find_images(folder)
+    ignored.update(found.ignored)
+    if not found.files:
+        raise UserError(f"data.root: no image in {folder} (accepted: {' '.join(EXTENSIONS)})")
+    return _with_classes(found.files, folder)
+
+
+def _with_classes(paths: list[Path], folder: Path) -> Named:
+    """The first-level subfolder of each image below ``folder`` as its class, or None for all."""
+    parts = [path.relative_to(folder).parts for path in paths]
+    labelled = all(len(names) > 1 for names in parts)
+    return [
+        (path, names[0] if labelled else None) for path, names in zip(paths, parts, strict=True)
+    ]
 
 
 class FolderDataset(ImageDataset):
@@ -145,47 +205,33 @@ class FolderDataset(ImageDataset):
             images = self._cache[index]
         return images.float() / 255.0
 
+    def read_all(self) -> None:
+        """Decode every image once, in threads; what fits in memory is kept."""
+        threads = min(READING_THREADS, os.cpu_count() or 1)
+        damaged = []
+        items = np.flatnonzero(~self._cached).tolist()
+        bar = tqdm(total=len(items), desc="reading images", unit="img", leave=False, disable=None)
+        with bar, ThreadPoolExecutor(threads) as pool:
+            for start in range(0, len(items), 1000):  # a bound on waiting jobs
+                for error in pool.map(self._try, items[start : start + 1000]):
+                    if error is not None:
+                        damaged.append(error)
+                    bar.update()
+        if len(damaged) == 1:
+            raise UserError(damaged[0])
+        if damaged:
+            raise UserError(f"{damaged[0]}; and {len(damaged) - 1} more of {len(self)} files")
+
+    def _try(self, item: int) -> str | None:
+        """Read an image, and keep it if all fit in memory; what is wrong with it, if anything."""
+        try:
+            image = self._decode(item)
+        except UserError as error:
+            return str(error)
+        if self._cache is not None:
+            self._cache[item] = image
+            self._cached[item] = True
+        return None
+
     def _decode(self, item: int) -> Tensor:
         return read_image(self.paths[item], self.image_size, self.channels)
-
-
-def read_image(path: Path, size: int, channels: int) -> Tensor:
-    """Return an image file as uint8 with shape (channels, size, size): shorter side resized, centre
-    cropped.
-
-    Raises:
-        UserError: If the file is not an image that can be decoded.
-    """
-    try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I;16"):  # 16-bit grey: Pillow's own conversion would clip it
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            image = image.convert("L" if channels == 1 else "RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable image ({' '.join(str(error).split())})") from error
-    image = ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
-    array = np.array(image, dtype=np.uint8).reshape(size, size, channels)
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
-
-
-def _channels_of(path: Path) -> int:
-    try:
-        with Image.open(path) as image:
-            return 1 if image.mode in ("1", "L", "LA", "I;16", "I;16B", "I") else 3
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable image ({' '.join(str(error).split())})") from error
-
-
-def _find_images(folder: Path) -> list[tuple[Path, str | None]]:
-    """Return all images below `folder`, sorted, each with the name of its first-level subfolder or
-    None.
-    """
-    files = sorted(
-        path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file()
-    )
-    if not files:
-        raise UserError(f"data.root: no image in {folder} (accepted: {' '.join(EXTENSIONS)})")
-    parts = [(path, path.relative_to(folder).parts) for path in files]
-    labelled = all(len(names) > 1 for _, names in parts)
-    return [(path, names[0] if labelled else None) for path, names in parts]

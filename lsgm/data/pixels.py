@@ -62,7 +62,7 @@ class Pixels:
         """Cut off the padding and apply the dataset's augmentation: ``(B, C, H, W)`` in [0, 1]."""
         images = self.crop(images)
         if self.spec.affine:
-            images = random_affine(images, 0, rng)
+            images = random_affine(images, 0, rng, self.spec.affine_padding)
         return random_flip(images, rng) if self.spec.flip else images
 
     def crop(self, images: Tensor) -> Tensor:

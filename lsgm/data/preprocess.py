@@ -56,7 +56,7 @@ def preprocess(
             f"num_bits must be {'8 for binary data' if spec.binary else '1 to 8'}, not {num_bits}"
         )
     if train and spec.affine:
-        images = random_affine(images, spec.padding, rng)
+        images = random_affine(images, spec.padding, rng, spec.affine_padding)
     if train and spec.flip:
         images = random_flip(images, rng)
     images = binarise(images, rng) if spec.binary else reduce_bits(images, num_bits)
@@ -84,11 +84,12 @@ def random_flip(images: Tensor, rng: Rng) -> Tensor:
     return torch.where(mirrored, images.flip(-1), images)
 
 
-def random_affine(images: Tensor, padding: int, rng: Rng) -> Tensor:
-    """Shift, rotate, scale and shear each image a little (bilinear; zeros come in from outside).
+def random_affine(images: Tensor, padding: int, rng: Rng, outside: str = "zeros") -> Tensor:
+    """Shift, rotate, scale and shear each image a little (bilinear).
 
-    The map acts on the image without its padding, so that nothing moves into the border that the
-    likelihood ignores.
+    From outside come zeros, or the image itself, mirrored at its border (``outside`` "zeros" or
+    "reflection"). The map acts on the image without its padding, so that nothing moves into the
+    border that the likelihood ignores.
     """
     inner = images[..., padding : images.shape[-2] - padding, padding : images.shape[-1] - padding]
     # (B, 6) in [-1, 1): rotation, scale, two shears, two shifts.
@@ -110,7 +111,7 @@ def random_affine(images: Tensor, padding: int, rng: Rng) -> Tensor:
     ]
     theta = torch.stack(rows, dim=1)
     grid = affine_grid(theta, list(inner.shape), align_corners=False)
-    moved = grid_sample(inner, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    moved = grid_sample(inner, grid, mode="bilinear", padding_mode=outside, align_corners=False)
     return pad(moved.clamp(0.0, 1.0), (padding,) * 4)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +23,11 @@ from lsgm.errors import UserError
 __all__ = ["CIFAR10", "Digits", "MNIST", "OMNIGLOT", "OMNIGLOT_URL"]
 
 OMNIGLOT_URL = "https://github.com/yburda/iwae/raw/master/datasets/OMNIGLOT/chardata.mat"
+ALPHABETS = 50
 
 
 def _spec(
-    cfg: DataConfig, channels: int, size: int, padding: int, *, binary: bool, classes: int
+    cfg: DataConfig, channels: int, size: int, padding: int, *, binary: bool, classes: int | None
 ) -> DataSpec:
     if binary and cfg.image_size not in (None, size):
         raise UserError(f"data.image_size: {cfg.name} has {size}x{size} images; leave it out")
@@ -36,7 +39,8 @@ def _spec(
         binary=binary,
         num_classes=classes,
         flip=cfg.name == "cifar10" if cfg.flip is None else cfg.flip,
-        affine=cfg.augment == "affine",
+        affine=cfg.augment == "affine" or (cfg.augment == "auto" and cfg.name == "digits"),
+        affine_padding="zeros" if binary else "reflection",
     )
 
 
@@ -82,16 +86,22 @@ class MNIST:
     def __call__(self, cfg: DataConfig) -> Datasets:
         root = data_root(cfg.root)
         source = import_torchvision("datasets").MNIST
-        try:
-            splits = [source(str(root), train=train, download=False) for train in (True, False)]
-        except RuntimeError:
+        advice = (
+            f"put the four idx files of MNIST into {root / 'MNIST' / 'raw'}, "
+            "or set data.root or LSGM_DATA"
+        )
+        splits = _torchvision_splits(source, root, root / "MNIST")
+        if splits is None:
             fetch_into(
                 root / "MNIST",
                 lambda folder: _quietly(source, str(folder), download=True),
-                f"put the four idx files of MNIST into {root / 'MNIST' / 'raw'}, "
-                "or set data.root or LSGM_DATA",
+                advice,
             )
-            splits = [source(str(root), train=train, download=False) for train in (True, False)]
+            splits = _torchvision_splits(source, root, root / "MNIST")
+        if splits is None:
+            raise UserError(f"{root / 'MNIST' / 'raw'}: files are missing; {advice}")
+        for split in splits:
+            _check_arrays(root / "MNIST" / "raw", split.data.shape, (28, 28), split.targets, 10)
         train, test = (
             ArrayDataset(split.data.unsqueeze(1), split.targets.long(), self.PADDING)
             for split in splits
@@ -114,12 +124,11 @@ class CIFAR10:
                 "unpack cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html "
                 f"into {root}, or set data.root or LSGM_DATA",
             )
-        try:
-            splits = [source(str(root), train=train, download=False) for train in (True, False)]
-        except RuntimeError as error:
+        splits = _torchvision_splits(source, root, root / self.FOLDER)
+        if splits is None:  # torchvision compares checksums before it opens a file
             raise UserError(
                 f"{root / self.FOLDER}: files are missing or damaged; delete it and try again"
-            ) from error
+            )
         train, test = (
             ArrayDataset(
                 torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(),
@@ -157,13 +166,49 @@ class OMNIGLOT:
         train, test = (
             ArrayDataset(
                 column_major_images(arrays[name], self.SIZE),
-                _alphabets(arrays, labels, arrays[name]),
+                _alphabets(path, arrays, labels, arrays[name].shape[1]),
                 self.PADDING,
             )
             for name, labels in (("data", "target"), ("testdata", "testtarget"))
         )
+        classes = None if train.labels is None or test.labels is None else ALPHABETS
         return Datasets(
-            train, test, _spec(cfg, 1, self.SIZE, self.PADDING, binary=True, classes=50)
+            train, test, _spec(cfg, 1, self.SIZE, self.PADDING, binary=True, classes=classes)
+        )
+
+
+def _torchvision_splits(source: Any, root: Path, folder: Path) -> list[Any] | None:
+    """Both splits of a dataset of torchvision, or None where files are missing.
+
+    Raises:
+        UserError: Files in ``folder`` are damaged.
+    """
+    try:
+        return [source(str(root), train=train, download=False) for train in (True, False)]
+    except Exception as error:  # on damaged files the reader raises whatever it stumbles over
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, RuntimeError) and "not found" in reason:
+            return None
+        raise UserError(
+            f"{folder}: files are damaged ({reason}); delete it and try again"
+        ) from error
+
+
+def _check_arrays(
+    folder: Path, shape: Sequence[int], image: tuple[int, ...], labels: Tensor, classes: int
+) -> None:
+    """Raise UserError unless these are images of this shape, each with one of the classes."""
+    if len(shape) != 1 + len(image) or tuple(shape[1:]) != image or shape[0] == 0:
+        raise UserError(
+            f"{folder}: images of shape {tuple(shape)} where {('N', *image)} is needed".replace(
+                "'", ""
+            )
+        )
+    if labels.shape != (shape[0],):
+        raise UserError(f"{folder}: {shape[0]} images, but labels of shape {tuple(labels.shape)}")
+    if not (labels.min() >= 0 and labels.max() < classes):
+        raise UserError(
+            f"{folder}: labels {labels.min()} to {labels.max()} where 0 to {classes - 1} are needed"
         )
 
 
@@ -219,10 +264,20 @@ def column_major_images(array: np.ndarray, size: int) -> Tensor:
     )
 
 
-def _alphabets(arrays: dict[str, np.ndarray], name: str, data: np.ndarray) -> Tensor | None:
+def _alphabets(path: Path, arrays: dict[str, np.ndarray], name: str, count: int) -> Tensor | None:
+    """The alphabets ``(count,)`` of the one-hot array ``name``, or None where it is missing."""
     one_hot = arrays.get(name)
-    if one_hot is None or one_hot.ndim != 2 or one_hot.shape[1] != data.shape[1]:
+    if one_hot is None:
         return None
+    if one_hot.shape != (ALPHABETS, count):
+        raise UserError(
+            f"{path}: {name!r} has shape {one_hot.shape} where {(ALPHABETS, count)} is needed"
+        )
+    is_number = one_hot.dtype.kind in "fiub"
+    if not is_number or not (np.isin(one_hot, (0, 1)).all() and (one_hot.sum(0) == 1).all()):
+        raise UserError(
+            f"{path}: {name!r} must have one 1 in each column, the image's alphabet, and else zeros"
+        )
     return torch.from_numpy(one_hot.argmax(0).astype(np.int64))
 
 

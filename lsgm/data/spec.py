@@ -8,7 +8,7 @@ image side plus the zero padding around it. Binarisation and the map to [-1, 1] 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,6 +48,8 @@ class DataSpec:
         num_classes: Number of labels, or None where there are none.
         flip: Whether training images are mirrored at random.
         affine: Whether training images are shifted, rotated, scaled and sheared at random.
+        affine_padding: What comes in from outside then: "zeros", for ink on an empty ground, or the
+            image's own "reflection".
     """
 
     name: str
@@ -58,6 +60,7 @@ class DataSpec:
     num_classes: int | None = None
     flip: bool = False
     affine: bool = False
+    affine_padding: str = "zeros"
 
     @property
     def network_size(self) -> int:
@@ -94,6 +97,13 @@ class ImageDataset(Dataset[Tensor], ABC):
         R).
         """
 
+    def read_all(self) -> None:
+        """Read every image once, so that a damaged one shows before the work starts.
+
+        Raises:
+            UserError: Names the first damaged file, and how many there are.
+        """
+
     def __getitem__(self, item: int) -> Tensor:
         """Return one image as float32 in [0, 1] with shape (C, R, R)."""
         size = len(self)
@@ -104,8 +114,34 @@ class ImageDataset(Dataset[Tensor], ABC):
 
 @dataclass(frozen=True)
 class Datasets:
-    """The two splits of a dataset and their common facts."""
+    """The two splits of a dataset and their common facts.
+
+    ``ignored``: for data in files of their own, the number of files that were passed over, by
+    reason.
+    """
 
     train: ImageDataset
     test: ImageDataset
     spec: DataSpec
+    ignored: Mapping[str, int] | None = None
+
+    def summary(self) -> str:
+        """What the data are, in one line."""
+        spec = self.spec
+        line = (
+            f"{spec.name} ({spec.channels} x {spec.image_size} x {spec.image_size}): "
+            f"{len(self.train)} training, {len(self.test)} test images, "
+            f"{spec.num_classes or 'no'} classes"
+        )
+        if self.ignored is None:
+            return line
+        reasons = {reason: count for reason, count in self.ignored.items() if count}
+        line += f", {sum(reasons.values())} files ignored"
+        return line + (
+            f" ({', '.join(f'{n} {why}' for why, n in reasons.items())})" * bool(reasons)
+        )
+
+    def read_all(self) -> None:
+        """Read every image of both splits once; see :meth:`ImageDataset.read_all`."""
+        self.train.read_all()
+        self.test.read_all()

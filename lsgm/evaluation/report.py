@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -105,6 +106,7 @@ def evaluate_run(folder: Path, options: EvaluateOptions, out: Path | None = None
     model = load(folder, choose_device(options.device))
     data = load_data_config(folder, root=options.data_root)
     datasets = build_datasets(data)
+    print(datasets.summary(), file=sys.stderr, flush=True)  # standard output is the table
     bounds = {
         name: _run_metric(name, model, datasets, data, options, folder.name)
         for name in options.metrics

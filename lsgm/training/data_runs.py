@@ -16,7 +16,7 @@ from lsgm.config_data import NCSNTrainConfig, ScoreModelConfig
 from lsgm.data import Batches, Datasets
 from lsgm.data.pixels import Pixels
 from lsgm.datasgm import DataSGM, build_data_model
-from lsgm.errors import NonFiniteError
+from lsgm.errors import NonFiniteError, UserError
 from lsgm.evaluation.figures import image_grid, learning_curves, read_metrics, save_grid
 from lsgm.files import RunFolder
 from lsgm.models import save
@@ -207,15 +207,19 @@ def fit_noise(kind: str, score: ScoreModelConfig, datasets: Datasets) -> ScoreMo
       number of values for a ``ladder.levels`` that is None (2006.09011, technique 2).
 
     The distance is sought among the first 10,000 images of a shuffled epoch.
+
+    Raises:
+        UserError: The images are (nearly) identical.
     """
     ladder, sde = score.ladder, score.sde
     if kind != "ncsn" and score.fit_sigma_max:
-        largest = _largest_squared_distance(score, datasets)
+        largest = _largest_squared_distance(score, datasets, sde.sigma2_min)
         return replace(score, sde=replace(sde, sigma2_max=largest))
     if kind != "ncsn":
         return score
     if ladder.sigma_max is None:
-        ladder = replace(ladder, sigma_max=math.sqrt(_largest_squared_distance(score, datasets)))
+        largest = _largest_squared_distance(score, datasets, ladder.sigma_min**2)
+        ladder = replace(ladder, sigma_max=math.sqrt(largest))
     if ladder.levels is None:
         assert ladder.sigma_max is not None
         found = NoiseLadder.for_data(ladder.sigma_max, ladder.sigma_min, datasets.spec.num_dims)
@@ -223,10 +227,20 @@ def fit_noise(kind: str, score: ScoreModelConfig, datasets: Datasets) -> ScoreMo
     return replace(score, ladder=ladder)
 
 
-def _largest_squared_distance(score: ScoreModelConfig, datasets: Datasets) -> float:
+def _largest_squared_distance(
+    score: ScoreModelConfig, datasets: Datasets, smallest: float
+) -> float:
+    """Between training images; raises UserError unless it exceeds ``smallest``."""
     pixels = Pixels.of(datasets.spec, score.data_range, score.dequantise)
     size = min(1000, len(datasets.train))
     batches = Batches(datasets.train, size, train=True)
     last = MAX_SCAN_IMAGES // size
     images = (pixels.to_network(batch) for _, batch in islice(batches.epoch(), last))
-    return float(largest_squared_distance(images))
+    largest = float(largest_squared_distance(images)) if len(datasets.train) > 1 else 0.0
+    if largest <= smallest:
+        raise UserError(
+            f"data: all training images of {datasets.spec.name} are alike (largest distance "
+            f"{math.sqrt(largest):.3g}): no largest noise level can be taken from them; give it "
+            "as score.ladder.sigma_max, or as score.sde.sigma2_max without score.fit_sigma_max"
+        )
+    return largest

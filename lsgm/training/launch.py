@@ -45,8 +45,13 @@ def open_run(
     run = RunFolder(Path(out or Path("runs") / config.name))
     on_main(world, lambda: run.check(resume))
     built: list[Datasets] = []
+
+    def build() -> None:
+        built.append(build_datasets(data))
+        print(built[0].summary(), flush=True)
+
     # The main process downloads what is missing before the others look.
-    on_main(world, lambda: built.append(build_datasets(data)))
+    on_main(world, build)
     return run, built[0] if built else build_datasets(data)
 
 
@@ -81,6 +86,8 @@ def fit_run(
         )
     except ValueError as error:
         raise UserError(f"train.batch_size: {error}") from None
+
+    on_main(world, datasets.read_all)
 
     def prepare() -> None:
         # Only now that data and model have been built: a mistake leaves no folder in the way.

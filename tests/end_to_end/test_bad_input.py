@@ -128,6 +128,20 @@ def test_image_folders(train_vae, tmp_path):
     train_vae(*folder_options(images)).error(2, str(images), "not a readable image")
 
 
+def test_a_damaged_test_image_shows_before_the_work(train_vae, tmp_path):
+    images, generator = tmp_path / "images", np.random.default_rng(0)
+    for name in [*(f"train/{i}.png" for i in range(8)), "test/a.png", "test/.hidden.png"]:
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(images / name)
+    truncate(images / "test" / "a.png")
+    outcome = train_vae(*folder_options(images))
+    outcome.error(2, "test/a.png: not a readable image")
+    line = "folder (3 x 16 x 16): 8 training, 1 test images, no classes, 1 files ignored (1 hidden)"
+    assert outcome.out.splitlines() == [line]
+    assert not (tmp_path / "run").exists()
+
+
 # The run below a second stage
 
 

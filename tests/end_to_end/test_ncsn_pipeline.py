@@ -20,6 +20,7 @@ from lsgm.training import data_runs
 TINY = """
 data:
   name: digits
+  augment: none
 score:
   ncsnpp:
     num_channels: 8

@@ -1,0 +1,186 @@
+"""Reading one picture file: the only place of the package that opens one.
+
+A file is opened as one of :data:`FORMATS` or not at all, whatever its name says: other formats of
+Pillow start programs (EPS: Ghostscript) or are rarely tested. Its size is bounded before it is
+decoded. What becomes of each kind of picture:
+
+===========================  =====================================================================
+kind                         treatment
+===========================  =====================================================================
+8 bits, grey or colour       kept; grey from colour is ITU-R 601 luma
+1 bit                        0 and 255
+palette                      its colours
+alpha, a transparent colour  composited over white (:data:`BACKGROUND`)
+CMYK, YCbCr                  converted to RGB by Pillow; Lab is refused
+16 bits, grey                scaled by 65535 (a 12-bit TIFF: by 4095) and rounded
+floating point               scaled by 255 and rounded; refused unless all are numbers in [0, 1]
+32-bit integers              refused: nothing says which value is white
+EXIF orientation             applied
+several frames or pages      the first
+ICC profile                  ignored
+===========================  =====================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from lsgm.errors import UserError
+
+__all__ = [
+    "BACKGROUND",
+    "EXTENSIONS",
+    "FORMATS",
+    "MAX_PIXELS",
+    "is_grey",
+    "load_image",
+    "read_image",
+    "to_8_bits",
+]
+
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".j2k")
+BACKGROUND = 255
+"""What shows through transparent pixels: white."""
+MAX_PIXELS = 2**26
+"""Pixels of the largest picture that is decoded: 8192 x 8192, about 500 MB."""
+LARGE_PIXELS = 2**24
+"""Pictures above this size are decoded one at a time, however many threads read."""
+
+_large = threading.Lock()
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags
+# The bound here is lower than that of Pillow's warning, and an error.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def read_image(path: Path, size: int, channels: int) -> Tensor:
+    """Return a picture file as uint8 with shape (channels, size, size): shorter side resized
+    (bicubic), centre cropped.
+
+    Raises:
+        UserError: The file cannot be read, is no picture, too large, or has pixels whose scale is
+            unknown.
+    """
+    with _opened(path) as image, _room_for(image):
+        image = to_8_bits(_decoded(image), path, channels)
+        image = ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
+    array = np.array(image, dtype=np.uint8).reshape(size, size, channels)
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+def load_image(path: Path) -> Image.Image:
+    """Return the first frame of a picture file, upright, in the file's own mode, alpha included.
+
+    Raises:
+        UserError: As :func:`read_image`.
+    """
+    with _opened(path) as image, _room_for(image):
+        return _decoded(image).copy()
+
+
+def is_grey(path: Path) -> bool:
+    """Whether a picture file holds grey values only, by its header (a palette is colour).
+
+    Raises:
+        UserError: As :func:`read_image`.
+    """
+    with _opened(path) as image:
+        return image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
+
+
+def to_8_bits(image: Image.Image, path: Path, channels: int) -> Image.Image:
+    """Return a decoded picture in mode L (``channels`` 1) or RGB (3), treated as the module says.
+
+    ``path`` is for the message alone.
+
+    Raises:
+        UserError: Its pixels have no known scale.
+    """
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _scaled(image, path)
+    if image.has_transparency_data:
+        colours = image if image.mode == "RGBA" else image.convert("RGBA")
+        image = Image.new("RGB", image.size, (BACKGROUND,) * 3)
+        image.paste(colours, mask=colours)
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _scaled(image: Image.Image, path: Path) -> Image.Image:
+    """Grey values of more than 8 bits in mode L."""
+    if image.mode == "I" and image.format != "PNG":  # older Pillow reads 16-bit PNG files as I
+        raise UserError(
+            f"{path}: 32-bit integer pixels do not say which value is white; save the picture with "
+            "8 or 16 bits"
+        )
+    tags = getattr(image, "tag_v2", {})
+    values = np.asarray(image)
+    white: float = 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1
+    if image.mode == "F":
+        white, low, high = 1.0, values.min(), values.max()
+        if not (low >= 0 and high <= 1):
+            raise UserError(
+                f"{path}: floating-point pixels have to be numbers in [0, 1], and these are "
+                f"{low:g} to {high:g}; scale them, or save the picture with 8 or 16 bits"
+            )
+    inverted = tags.get(_PHOTOMETRIC) == 0  # white is zero; Pillow inverts 8-bit files only
+    transparent = image.info.get("transparency")
+    result = np.empty(values.shape, np.uint8)
+    rows = max(1, LARGE_PIXELS // 16 // image.width)  # in blocks, for the memory's sake
+    for start in range(0, len(values), rows):
+        block = values[start : start + rows]
+        grey = np.rint(block.astype(np.float32) * (255.0 / white)).clip(0, 255)
+        grey = 255 - grey if inverted else grey
+        result[start : start + rows] = grey
+        if transparent is not None:
+            result[start : start + rows][block == transparent] = BACKGROUND
+    return Image.fromarray(result)
+
+
+def _decoded(image: Image.Image) -> Image.Image:
+    """The first frame, upright."""
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
+@contextlib.contextmanager
+def _room_for(image: Image.Image) -> Iterator[None]:
+    with _large if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """A picture whose header has been read; every error of reading it in the block is one line."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise _too_large(path, f"{image.width} x {image.height} pixels")
+            yield image
+    except UserError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise _too_large(path, "more pixels than can be decoded") from error
+    except UnidentifiedImageError as error:
+        raise UserError(
+            f"{path}: not a readable image (none of {', '.join(FORMATS)}, or its header is damaged)"
+        ) from error
+    except Exception as error:  # on damaged files Pillow raises whatever it stumbles over
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(
+            f"{path}: not a readable image ({reason or type(error).__name__})"
+        ) from error
+
+
+def _too_large(path: Path, found: str) -> UserError:
+    return UserError(f"{path}: too large ({found}; at most {MAX_PIXELS}, such as 8192 x 8192)")
