@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import vae.objective
 from lsgm.config import DataConfig, LSGMTrainConfig, ObjectiveConfig, PriorConfig
-from lsgm.data import build_datasets
+from lsgm.data import Datasets, build_datasets
 from lsgm.data.arrays import ArrayDataset
 from lsgm.models import LSGM, load
 from lsgm.objectives import NormalReference, prior_losses
@@ -35,7 +35,7 @@ from lsgm.score import MixedNormalScore
 from lsgm.sde import VPSDE
 from lsgm.times import make_proposal
 from lsgm.training.loop import EvalContext
-from lsgm.training.runs import train_lsgm
+from lsgm.training.runs import _inactive_channels, train_lsgm
 from lsgm.training.stages import LSGMStage
 from lsgm.weighting import make_weighting
 from vae.layers import BatchNorm
@@ -391,3 +391,22 @@ def test_without_a_finite_evaluation_the_last_weights_are_released(
     run = train_lsgm(config, str(tmp_path / "run"))
     assert released_step(run) == 4
     assert "release" not in json.loads((run / "run.json").read_text())
+
+
+@pytest.mark.parametrize(("mask", "augmented"), [("kept", False), ("training", True)])
+def test_the_published_scan_for_inactive_channels_reads_images_as_training_does(
+    mask: str, augmented: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flips included; ours reads the images as they are."""
+    flags: list[bool] = []
+
+    def record(x: Tensor, *_: object, train: bool = False) -> Tensor:
+        flags.append(train)
+        return 2 * x.round() - 1
+
+    monkeypatch.setattr("lsgm.training.runs.preprocess", record)
+    prior = PriorConfig(NETWORK, drop_inactive=True, inactive_mask=mask)  # type: ignore[arg-type]
+    data = ArrayDataset(images(8))
+    model = make_model(prior)
+    inactive = _inactive_channels(model, Datasets(data, data, model.spec), 4)
+    assert flags == [augmented] * 2 and inactive.shape == (model.score.channels,)
