@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lsgm.threads import wait_briefly
+
 __version__ = "0.1.0"
 
 __all__ = ["__version__", "load"]
+
+wait_briefly()  # here, because every script and every process comes by before it loads PyTorch
 
 if TYPE_CHECKING:
     from lsgm.models import load

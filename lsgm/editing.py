@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import max_pool2d, pad
 from tqdm import tqdm
@@ -67,7 +69,7 @@ def make_mask(name: str, size: int, seed: int = 0) -> Tensor:
     """Which pixels are known: bool ``(size, size)``. ``name`` is the unknown part, or a file.
 
     Raises:
-        UserError: There is no such mask or file.
+        UserError: There is no such mask or file, or the file has another size or hides no pixel.
     """
     known = torch.ones(size, size, dtype=torch.bool)
     half, quarter = size // 2, size // 4
@@ -85,7 +87,30 @@ def make_mask(name: str, size: int, seed: int = 0) -> Tensor:
         return torch.rand(size, size, generator=torch.Generator().manual_seed(seed)) < 0.5
     if not Path(name).is_file():
         raise UserError(f"--mask: {name} is neither a file nor one of {', '.join(MASKS)}")
-    return read_image(Path(name), size, 1)[0] >= 128
+    return _mask_of_file(Path(name), size)
+
+
+def _mask_of_file(path: Path, size: int) -> Tensor:
+    """A picture as a mask. Where it has transparent pixels, those are unknown and its colours mean
+    nothing; in an opaque picture the dark pixels are.
+    """
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            alpha = np.array(image.convert("RGBA").getchannel("A"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--mask: {path}: not a readable image ({reason})") from error
+    if image.size != (size, size):
+        raise UserError(
+            f"--mask: {path} is {image.width} x {image.height} pixels, the images are "
+            f"{size} x {size}: give a mask of their size"
+        )
+    opaque = torch.from_numpy(alpha) >= 128
+    known = read_image(path, size, 1)[0] >= 128 if opaque.all() else opaque
+    if known.all():
+        raise UserError(f"--mask: {path} hides no pixel: make those to draw dark or transparent")
+    return known
 
 
 def state_mask(known: Tensor, padding: int, size: int) -> Tensor:
@@ -198,24 +223,25 @@ def _open(options: EditOptions) -> Any:
 
 def _inputs(model: Any, options: EditOptions) -> tuple[Tensor, Tensor]:
     """The images to start from: as the model takes them, ``(B, C, R, R)`` in [-1, 1], and in [0, 1]
-    without padding.
+    without padding. The run's data are read for ``index`` alone.
     """
-    datasets = build_datasets(load_data_config(require_run(options.run), options.data_root))
-    print(datasets.summary(), flush=True)
-    spec = datasets.spec
+    spec = model.spec
     if options.files:
         if missing := [name for name in options.files if not Path(name).is_file()]:
             raise UserError(f"--files: {missing[0]}: no such file")
         read = [read_image(Path(f), spec.image_size, spec.channels) for f in options.files]
         images = pad(torch.stack(read).float() / 255, (spec.padding,) * 4)
     else:
-        count = len(datasets.test)
-        if bad := [i for i in options.index if not 0 <= i < count]:
-            raise UserError(f"--index: {bad[0]}: the test split has the images 0 to {count - 1}")
-        images = datasets.test.batch(torch.tensor(options.index))
-    binary = replace(spec, binary=spec.binary and model.spec.binary)
+        datasets = build_datasets(load_data_config(require_run(options.run), options.data_root))
+        print(datasets.summary(), flush=True)
+        test = datasets.test
+        if bad := [i for i in options.index if not 0 <= i < len(test)]:
+            raise UserError(
+                f"--index: {bad[0]}: the test split has the images 0 to {len(test) - 1}"
+            )
+        images = test.batch(torch.tensor(options.index))
     bits = model.vae_config.num_x_bits if isinstance(model, VAEModel) else 8
-    x = preprocess(images, binary, bits, torch.Generator().manual_seed(options.seed))
+    x = preprocess(images, spec, bits, torch.Generator().manual_seed(options.seed))
     p = spec.padding
     shown = ((x + 1) / 2)[..., p : x.shape[-2] - p, p : x.shape[-1] - p]
     return x.to(model.device), shown

@@ -210,7 +210,7 @@ class EditOptions(SolverOptions):
     index: tuple[int, ...] = (0, 1, 2, 3)
     """Images of the data's test split to start from."""
     files: tuple[str, ...] = ()
-    """Image files to start from instead."""
+    """Image files to start from instead; the run's data are not needed then."""
     samples: int = 4
     """Results for each image."""
     out: str = "edited.png"
@@ -238,7 +238,7 @@ class InpaintOptions(EditOptions):
 
     mask: str = "centre"
     """Part to draw: centre, left, right, top, bottom, random (half of all pixels), or an image file
-    whose dark pixels are drawn."""
+    of the images' size whose transparent pixels are drawn, or, if it has none, its dark ones."""
 
 
 @dataclass(frozen=True)

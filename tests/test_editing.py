@@ -192,3 +192,55 @@ def test_masks(tmp_path):
     small = state_mask(known, 1, 4)  # blocks of 2 in an image padded to 8
     assert (~small).nonzero().tolist() == [[0, 2]]
     assert math.prod(small.shape) == 16
+
+
+def _picture(path, alpha, grey):
+    """A file with these alpha and grey values (H, W), each as numbers 0 to 255."""
+    grey, alpha = np.asarray(grey, np.uint8), np.asarray(alpha, np.uint8)
+    Image.fromarray(np.dstack([grey, grey, grey, alpha])).save(path)
+    return str(path)
+
+
+def test_the_transparent_pixels_of_a_mask_are_drawn(tmp_path):
+    hole = np.full((4, 4), 255)
+    hole[1:3, 1:3] = 0
+    expected = torch.from_numpy(hole == 255)
+    for hidden in (0, 255):  # whatever colour hides below the transparency, or lies beside it
+        path = _picture(tmp_path / f"{hidden}.png", hole, np.full((4, 4), hidden))
+        assert torch.equal(make_mask(path, 4), expected)
+    opaque = _picture(tmp_path / "opaque.png", np.full((4, 4), 255), hole)
+    assert torch.equal(make_mask(opaque, 4), expected)
+    palette = Image.fromarray(hole.astype(np.uint8)).convert("P")
+    palette.save(tmp_path / "palette.png", transparency=0)
+    assert torch.equal(make_mask(str(tmp_path / "palette.png"), 4), expected)
+
+
+def test_a_mask_of_another_size_or_without_a_hole_is_refused(tmp_path):
+    white = np.full((4, 4), 255)
+    empty = _picture(tmp_path / "empty.png", white, white)
+    with pytest.raises(UserError, match=r"--mask: .*empty\.png hides no pixel"):
+        make_mask(empty, 4)
+    for width in (8, 16):
+        wide = _picture(tmp_path / "wide.png", np.zeros((4, width)), np.zeros((4, width)))
+        with pytest.raises(UserError, match=rf"{width} x 4 pixels, the images are 4 x 4"):
+            make_mask(wide, 4)
+    with pytest.raises(UserError, match="16 x 4 pixels, the images are 16 x 16"):
+        make_mask(wide, 16)
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(UserError, match=r"--mask: .*text\.png: not a readable image"):
+        make_mask(str(tmp_path / "text.png"), 4)
+
+
+@pytest.mark.parametrize("run", ["colour", "lsgm"])
+def test_files_need_no_data_set(runs, tmp_path, monkeypatch, run):
+    def no_data(config):
+        raise UserError("the data set is not there")
+
+    monkeypatch.setattr("lsgm.editing.build_datasets", no_data)
+    path = runs / "pictures" / "a" / "0.png"
+    out = tmp_path / "x.png"
+    edit(runs, "inpaint", run, out, "--samples", "1", "--files", str(path), *FAST)
+    if run == "colour":  # binary images are drawn
+        assert np.array_equal(tiles(out, 3)[0, 0], np.asarray(Image.open(path)))
+    with pytest.raises(UserError, match="the data set is not there"):
+        edit(runs, "inpaint", run, out, "--index", "0", *FAST)

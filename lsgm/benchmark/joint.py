@@ -24,7 +24,6 @@ from lsgm.benchmark.training import (
     LSGM_OPTION,
     WARMUP_STEPS,
     StepCost,
-    in_fresh_process,
     positive_number,
     prepare,
     second_stage_config,
@@ -37,6 +36,7 @@ from lsgm.errors import UserError
 from lsgm.models import LSGM, VAEModel, build_prior, build_vae
 from lsgm.objectives import prior_losses
 from lsgm.overrides import Option
+from lsgm.processes import in_fresh_process
 from lsgm.training.precision import choose_device
 from lsgm.training.stages import LSGMStage, VAEStage
 from lsgm.training.state import Stage, StepContext, StepOutput

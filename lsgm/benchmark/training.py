@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
@@ -21,6 +19,7 @@ from lsgm.data.spec import DataSpec
 from lsgm.errors import UserError
 from lsgm.models import LSGM, VAEModel, build_prior, build_vae
 from lsgm.overrides import Option
+from lsgm.processes import in_fresh_process
 from lsgm.training.optimizers import make_optimizer
 from lsgm.training.precision import autocast, choose_device, make_scaler
 from lsgm.training.stages import LSGMStage, VAEStage
@@ -29,7 +28,6 @@ from lsgm.training.state import Stage, StepContext
 __all__ = [
     "REPEATS_OPTION",
     "StepCost",
-    "in_fresh_process",
     "measure_lsgm_step",
     "measure_vae_step",
     "positive_number",
@@ -44,7 +42,6 @@ __all__ = [
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 WARMUP_STEPS = 2
 """In the first the optimizers take their state, in the second the heap finds its size."""
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -167,14 +164,6 @@ def _lsgm_job(vae: VAETrainConfig, config: LSGMTrainConfig, repeats: int) -> Ste
     optims = {"vae": config.optim_vae, "prior": config.optim_prior}
     step = training_step(stage, optims, data, config.train.precision)
     return time_steps(f"LSGM {config.prior.training}", stage, step, data, repeats)
-
-
-def in_fresh_process(job: Callable[..., T], *args: object) -> T:
-    """Run ``job`` in a process of its own, so that one measurement's memory does not hide
-    another's.
-    """
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(job, args)
 
 
 def measure_vae_step(config: VAETrainConfig, repeats: int = 7) -> StepCost:

@@ -12,7 +12,6 @@ from lsgm.benchmark.plain import make_plain
 from lsgm.benchmark.training import (
     REPEATS_OPTION,
     StepCost,
-    in_fresh_process,
     positive_number,
     prepare,
     time_steps,
@@ -22,6 +21,7 @@ from lsgm.benchmark.training import (
 from lsgm.config import VAETrainConfig
 from lsgm.configio import parse_command_line
 from lsgm.overrides import Option
+from lsgm.processes import in_fresh_process
 
 __all__ = ["VAECost", "measure_vae", "plain_config", "vae_command"]
 

@@ -1,8 +1,8 @@
 """Numbers recorded from the published prior, found in the folder that ``LSGM_PARITY_DIR`` names.
 
 Files: ``sde_TYPE.npz``, ``iw_TYPE_MODE.npz``, ``prior_NAME.pt`` with ``prior_NAME.npz``. Whatever
-    is there is tested; without the
-variable the tests are skipped.
+is there is tested, whichever options its arguments hold; and so are the files of
+:mod:`own_fixtures`, which need no folder.
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ from __future__ import annotations
 import functools
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from own_fixtures import own_files
+from published import PublishedSDE
 from torch import Tensor
 
+from lsgm.importers.official import read_official_checkpoint
 from lsgm.importers.official_prior import SDE_KINDS, load_official_prior
 from lsgm.score import MixedNormalScore
 from lsgm.sde import LinearSDE, make_sde
@@ -40,11 +43,18 @@ def fixture_files(pattern: str) -> list[Path]:
     return sorted(Path(folder).glob(pattern)) if folder else []
 
 
-def parametrize_files(pattern: str, name: str = "path") -> pytest.MarkDecorator:
-    """Run a test once for each matching file, or skip it where there is none."""
+def parametrize_files(pattern: str, own: bool = True) -> pytest.MarkDecorator:
+    """Run a test with the fixture ``path`` once for each matching file.
+
+    Those of our own making come after the given ones, or not at all (``own``); where there are
+    none, the test is skipped.
+    """
     missing = pytest.mark.skip(reason=f"no {pattern} in LSGM_PARITY_DIR")
-    values: list[Any] = [pytest.param(path, id=path.stem) for path in fixture_files(pattern)]
-    return pytest.mark.parametrize(name, values or [pytest.param(None, marks=missing)])
+    files: list[Any] = [*fixture_files(pattern), *(own_files(pattern) if own else [])]
+    values: list[Any] = [pytest.param(file, id=file.stem) for file in files]
+    return pytest.mark.parametrize(
+        "path", values or [pytest.param(None, marks=missing)], indirect=True
+    )
 
 
 @dataclass(frozen=True)
@@ -72,9 +82,10 @@ class Arrays:
 
 @dataclass(frozen=True)
 class ArraySet:
-    """One parameter set of an ``sde_`` or ``iw_`` file."""
+    """One parameter set of an ``sde_`` or ``iw_`` file: our SDE, and the published formulas."""
 
     sde: LinearSDE
+    published: PublishedSDE
     kind: str
     arrays: Arrays
 
@@ -87,8 +98,9 @@ def array_sets(path: Path) -> list[ArraySet]:
     for i in range(int(data["num_sets"])):
         arrays = Arrays(data, f"set{i}_")
         params = json.loads(arrays.text("params"))
+        published = PublishedSDE(**params)
         kind = SDE_KINDS[params.pop("sde_type")]
-        sets.append(ArraySet(make_sde(kind, **params), kind, arrays))
+        sets.append(ArraySet(make_sde(kind, **params), published, kind, arrays))
     return sets
 
 
@@ -111,14 +123,23 @@ class PriorFixture:
     config: dict[str, Any]
     scores: dict[str, MixedNormalScore]
 
+    @property
+    def args(self) -> dict[str, Any]:
+        """The checkpoint's arguments."""
+        return dict(vars(self.raw["args"]))
+
+    @property
+    def published(self) -> PublishedSDE:
+        """The SDE in its published form."""
+        return PublishedSDE(**{f.name: self.args[f.name] for f in fields(PublishedSDE)})
+
 
 @functools.cache
 def prior_fixture(path: Path) -> PriorFixture:
     """Load ``prior_NAME.pt`` and the arrays beside it. The modules are shared: copy one before
     changing it.
     """
-    # argparse namespaces of plain values; the files come from the tests' own reference folder
-    raw = torch.load(path, map_location="cpu", weights_only=False)
+    raw = read_official_checkpoint(path).raw
     arrays = Arrays(dict(np.load(path.with_suffix(".npz"), allow_pickle=False)))
     scores = {weights: load_official_prior(raw, weights) for weights in ("raw", "ema")}
     return PriorFixture(path.stem, raw, arrays, json.loads(arrays.text("config")), scores)

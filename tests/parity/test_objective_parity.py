@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from prior_fixtures import ArraySet, PriorFixture, parametrize_files, prior_fixture
+from published_step import supported_modes
 from quadrature import integrate
 from test_iw_parity import published_factor
 from torch import Tensor
@@ -40,7 +41,7 @@ from lsgm.importers.official_prior import (
 from lsgm.importers.runs import import_official_lsgm
 from lsgm.models import LSGM, load
 from lsgm.objectives import PriorLosses, prior_losses
-from lsgm.sde import LinearSDE
+from lsgm.sde import VESDE, LinearSDE, SubVPSDE
 from lsgm.times import TimeProposal, TimeSample, make_proposal
 from lsgm.training.stages import LSGMStage, score_convolutions
 from lsgm.training.state import StepContext
@@ -92,12 +93,15 @@ class Published(TimeProposal):
 
 def factor_of(mode: str, fixture: PriorFixture) -> float:
     kind = prior_arguments(fixture.raw["args"]).sde_kind
-    return published_factor(mode, ArraySet(fixture.scores["raw"].sde, kind, fixture.arrays))
+    sde = fixture.scores["raw"].sde
+    return published_factor(mode, ArraySet(sde, fixture.published, kind, fixture.arrays))
 
 
 def density(mode: str, sde: LinearSDE) -> Callable[[Tensor], Tensor]:
     """The density that the times of a published mode have, up to a factor, written out."""
-    exploding = sde.prior_var > 1
+    exploding = isinstance(sde, VESDE)
+    if isinstance(sde, SubVPSDE) and mode in ("ll_iw", "drop_all_iw", "drop_sigma2t_iw"):
+        return density(mode, sde.vpsde)  # iw_subvp_like_vp_sde
 
     def total(t: Tensor) -> Tensor:
         return 1 - sde.initial_var + sde.var(t) if exploding else torch.ones_like(t)
@@ -161,18 +165,21 @@ def test_objective_of_each_mode(
     """
     fixture = prior_fixture(path)
     arrays, sde = fixture.arrays, fixture.scores[weights].sde
-    if f"obj_{mode}_p_{weights}" not in arrays:
-        assert (mode, prior_arguments(fixture.raw["args"]).sde_kind) == ("drop_all_iw", "geometric")
+    if mode not in supported_modes(fixture.args):
+        assert f"obj_{mode}_p_{weights}" not in arrays
         pytest.skip("this mode is not among the published ones of the SDE")
     if mode == "rescale_iw" and sde.prior_var > 1:
-        assert bool((arrays[f"obj_{mode}_p_{weights}"] < 0).any())
+        exceeds = sde.var(arrays[f"obj_{mode}_t"]) > 1
+        assert torch.equal(arrays[f"obj_{mode}_p_{weights}"] < 0, exceeds)
         with pytest.raises(ValueError, match="var < 1"):
             losses_of(fixture, weights, mode, 0, monkeypatch)
         return
     factor, constant = factor_of(mode, fixture), sde.cross_entropy_constant()
     times = make_proposal(WEIGHTINGS[mode][1], sde, make_weighting(WEIGHTINGS[mode][0]))
     t = times.from_uniform(arrays["obj_rho"]).t
-    torch.testing.assert_close(t.float(), arrays[f"obj_{mode}_t"], rtol=1e-4, atol=1e-6)
+    published = fixture.published
+    allowed = 1e-6 + 1e-4 * t + published.time_rounding(t)
+    assert ((t - arrays[f"obj_{mode}_t"]).abs() <= allowed).all()
     heights = density(mode, sde)
     size = integrate(heights, sde.t_min)
     inverse_density = size / heights(t)
@@ -181,27 +188,22 @@ def test_objective_of_each_mode(
         assert integrate(heights, sde.t_min, ends) / size == pytest.approx(rho.item(), abs=1e-6)
         losses = losses_of(fixture, weights, mode, image, monkeypatch)
         weighted = losses.cross_entropy - constant
-        p, ce = losses.prior.item(), (factor * weighted + constant).sum().item()
-        assert factor * p == pytest.approx(
-            arrays[f"obj_{mode}_p_{weights}"][image].item(), rel=1e-4
-        )
-        published = arrays[f"obj_{mode}_ce_{weights}"][image].item()
-        assert ce == pytest.approx(published, rel=1e-4)
+        p, q = losses.prior.item(), weighted.sum().item()
+        # what float32 leaves of the recorded weights at this time
+        digits = (published.rounding(t) + published.end_rounding(t))[image].item()
+        recorded = arrays[f"obj_{mode}_p_{weights}"][image].item()
+        assert factor * p == pytest.approx(recorded, rel=1e-4 + digits)
+        recorded = arrays[f"obj_{mode}_ce_{weights}"][image].item()
+        recorded_q = recorded - weighted.numel() * published.constant(sde.t_min)
+        sums = 1e-6 * abs(recorded)  # of which the recorded float32 number is the difference
+        assert factor * q == pytest.approx(recorded_q, rel=1e-4 + digits, abs=sums)
         z0, eps = (arrays[f"obj_{key}"][image : image + 1].double() for key in ("z0", "noise"))
         z_t = sde.mean_coef(t[image]) * z0 + sde.var(t[image]).sqrt() * eps
         error = (fixture.scores[weights](z_t, t[image : image + 1]) - eps).square().sum()
         exact = (target(mode, sde, t) * inverse_density)[image] * error
         assert p == pytest.approx(exact.item(), rel=1e-5)
         exact = (target("ll_", sde, t) * inverse_density)[image] * error
-        assert weighted.sum().item() == pytest.approx(exact.item(), rel=1e-5)
-
-
-@priors
-def test_constant_of_the_cross_entropy(path: Path) -> None:
-    fixture = prior_fixture(path)
-    constant = fixture.scores["raw"].sde.cross_entropy_constant()
-    # for VP the published float32 variance is off by 5e-6 at 1e-2
-    assert constant == pytest.approx(fixture.arrays["ce_const"].item(), abs=5e-6)
+        assert q == pytest.approx(exact.item(), rel=1e-5)
 
 
 @functools.cache
@@ -327,12 +329,12 @@ def prior_labels(fixture: PriorFixture) -> dict[str, Tensor]:
 
 
 def check_norms(ours: dict[str, float], names: Any, norms: Any) -> None:
-    assert len(names) > 100
+    assert len(names) > 0
+    largest = float(max(norms))
     for name, norm in zip(names, norms, strict=True):
         # a parameter without influence has no gradient here and one of zero there
-        assert ours.get(str(name), 0.0) == pytest.approx(norm, rel=1e-3, abs=1e-3 * max(norms)), (
-            name
-        )
+        expected = pytest.approx(float(norm), rel=1e-3, abs=1e-3 * largest)
+        assert ours.get(str(name), 0.0) == expected, name
     assert {name for name, norm in ours.items() if norm > 0} <= {str(name) for name in names}
 
 
@@ -352,10 +354,11 @@ def test_losses_and_gradients_of_a_step(
     losses = arrays[f"{step}_losses"].tolist()
     assert result.metrics["vae_loss"] == pytest.approx(losses[0], rel=1e-4)
     assert imported(path)[1].prior.kl_scales_prior
-    if len(losses) == 2:
+    mode_p, mode_q = (arrays.text(f"{step}_iw_{side}") for side in "pq")
+    equal = mode_q == "reweight_p_samples" and mode_p in ("ll_uniform", "ll_iw")
+    assert len(losses) == (1 if equal else 2)
+    if not equal:
         assert result.metrics["prior_loss"] == pytest.approx(losses[1], rel=1e-4)
-    else:
-        assert arrays["step_kl_coeff"].item() < 1  # the factor shows
 
     vae_ = {
         name.removeprefix("vae."): g for name, g in result.gradients.items() if name[:4] == "vae."
@@ -389,19 +392,22 @@ def test_losses_and_gradients_of_a_step(
 
 
 @priors
-def test_weights_of_the_regularisers_are_imported(path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("custom", [False, True])
+def test_weights_of_the_regularisers_are_imported(path: Path, custom: bool, tmp_path: Path) -> None:
     """With custom_conv_dae the published search finds no convolution of the prior."""
-    fixture, config = prior_fixture(path), imported(path)[1]
-    weight = fixture.config["weight_decay_norm_dae"]
-    assert not fixture.config["custom_conv_dae"] and weight > 0
-    assert config.prior.spectral_regularization == config.prior.norm_regularization == weight
-    assert config.objective.spectral_regularization == fixture.config["weight_decay_norm_vae"]
-    args = {**vars(fixture.raw["args"]), "custom_conv_dae": True}
+    fixture, given = prior_fixture(path), imported(path)[1]
+    args = {**fixture.args, "custom_conv_dae": custom}
     torch.save({**fixture.raw, "args": args}, tmp_path / "custom.pt")
     import_official_lsgm(tmp_path / "custom.pt", tmp_path / "run")
-    custom = load_run_config(tmp_path / "run")
-    assert isinstance(custom, LSGMTrainConfig)
-    assert (custom.prior.spectral_regularization, custom.prior.norm_regularization) == (0, weight)
+    config = load_run_config(tmp_path / "run")
+    assert isinstance(config, LSGMTrainConfig)
+    weight = args["weight_decay_norm_dae"]
+    spectral = 0 if custom else weight
+    assert config.prior.spectral_regularization == spectral
+    assert config.prior.norm_regularization == weight
+    assert config.objective.spectral_regularization == args["weight_decay_norm_vae"]
+    if custom == fixture.args["custom_conv_dae"]:
+        assert given.prior == config.prior
 
 
 @priors
@@ -414,6 +420,17 @@ def test_regularisers(path: Path) -> None:
         assert "dae_sn_calculator" not in raw
         pytest.skip("a release without power-iteration vectors")
     score = fixture.scores["raw"]
+    assert norm_regularizer(score).item() == pytest.approx(arrays["reg_dae_norm"].item(), rel=1e-4)
+    if "reg_vae_spectral" in arrays:
+        checkpoint = read_official_checkpoint(path)
+        vae_ = load_official_vae(checkpoint)
+        spectral = load_official_regularizer(checkpoint, vae_)()
+        assert spectral.item() == pytest.approx(arrays["reg_vae_spectral"].item(), rel=1e-4)
+        norm = arrays["reg_vae_norm"].item()
+        assert norm_regularizer(vae_).item() == pytest.approx(norm, rel=1e-4)
+    if fixture.args["custom_conv_dae"]:
+        assert arrays["reg_dae_spectral"].item() == 0
+        return
     convolutions = score_convolutions(score)
     names = {module: name for name, module in score.named_modules()}
     order = [
@@ -428,12 +445,5 @@ def test_regularisers(path: Path) -> None:
     vectors = {f"{r}x{c}": u for (r, c), u in raw["dae_sn_calculator"]["sr_u"].items()}
     regularizer.load_state_dict({"u": vectors, "fresh": False})
     assert regularizer().item() == pytest.approx(arrays["reg_dae_spectral"].item(), rel=1e-4)
-    assert norm_regularizer(score).item() == pytest.approx(arrays["reg_dae_norm"].item(), rel=1e-4)
     exact = sum(torch.linalg.matrix_norm(c.weight.flatten(1), 2) for c in convolutions.values())
     assert regularizer(2000).item() == pytest.approx(exact.item(), rel=1e-3)
-
-    checkpoint = read_official_checkpoint(path)
-    vae_ = load_official_vae(checkpoint)
-    spectral = load_official_regularizer(checkpoint, vae_)()
-    assert spectral.item() == pytest.approx(arrays["reg_vae_spectral"].item(), rel=1e-4)
-    assert norm_regularizer(vae_).item() == pytest.approx(arrays["reg_vae_norm"].item(), rel=1e-4)
