@@ -30,6 +30,7 @@ __all__ = [
     "draw_samples",
     "has_diffusion",
     "iterate_samples",
+    "row_sampler",
     "solver_name",
 ]
 
@@ -87,6 +88,34 @@ def draw_batch(
     return Batch(images, latents, solution.nfe)
 
 
+def row_sampler(
+    model: VAEModel | DiffusionModel, options: SolverOptions, callback: Callback | None = None
+) -> Callable[[Sequence[int]], Batch]:
+    """A function that draws the images with the numbers that it is given, as one batch.
+
+    ``callback`` is told after every step of the solver.
+
+    Raises:
+        UserError: As :func:`choose_solver`; the function itself: NonFiniteError.
+    """
+    if has_diffusion(model):
+        solver, times = choose_solver(model, options)
+
+    def draw(rows: Sequence[int]) -> Batch:
+        rng = RowGenerators.of(options.seed, rows)
+        if has_diffusion(model):
+            return draw_batch(
+                model, len(rows), rng, solver, times, options.temperature, callback=callback
+            )
+        assert isinstance(model, VAEModel)
+        latents = model.sample_latents(len(rows), rng, options.temperature)
+        images = model.decode(latents, rng)
+        require_finite(images, "the decoder")
+        return Batch(images, tuple(latents), 0)
+
+    return draw
+
+
 @torch.no_grad()
 def iterate_samples(
     model: VAEModel | DiffusionModel,
@@ -109,24 +138,13 @@ def iterate_samples(
         UserError: As :func:`choose_solver`.
         NonFiniteError: Samples are not finite.
     """
-    diffusion = model if has_diffusion(model) else None
-    if diffusion is not None:
-        solver, times = choose_solver(diffusion, options)
+    draw = row_sampler(model, options, callback)
     for start in range(0, num_images, options.batch_size):
         rows = range(start, min(start + options.batch_size, num_images))
         keep = [i for i, k in enumerate(rows) if not wanted or k in wanted]
         if not keep:
             continue
-        rng = RowGenerators.of(options.seed, rows)
-        if diffusion is not None:
-            batch = draw_batch(
-                diffusion, len(rows), rng, solver, times, options.temperature, callback=callback
-            )
-        else:
-            assert isinstance(model, VAEModel)
-            latents = model.sample_latents(len(rows), rng, options.temperature)
-            batch = Batch(model.decode(latents, rng), tuple(latents), 0)
-            require_finite(batch.images, "the decoder")
+        batch = draw(rows)
         latents = tuple(z[keep].cpu() for z in batch.latents)
         yield Batch(batch.images[keep].cpu(), latents, batch.nfe, [rows[i] for i in keep])
 
