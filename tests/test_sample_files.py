@@ -141,8 +141,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Runs of four steps with checkpoints at 2 and 4."""
     root = tmp_path_factory.mktemp("trained")
     patch = pytest.MonkeyPatch()
-    for module in ("runs", "data_runs"):  # plots and grids take longer than the training
-        patch.setattr(f"lsgm.training.{module}._evaluate", lambda *_: {"loss": 0.0})
+    # Grids and plots take longer than the training.
+    for name in ("runs.evaluate_vae", "data_runs.evaluate_score_model"):
+        patch.setattr(f"lsgm.training.{name}", lambda *_: {"loss": 0.0})
     vae = VAETrainConfig(data=DIGITS, vae=VAE, optim_vae=OPTIM, train=TRAIN)
     train_vae(vae, str(root / "vae"))
     lsgm = LSGMTrainConfig(
