@@ -167,7 +167,7 @@ class TrainConfig:
     eval_every: int = 10
     """Epochs between two evaluations on test images."""
     eval_images: int = 1000
-    """Test images used by these evaluations, at most."""
+    """Test images used by these evaluations, at most: drawn at random, the same in all runs."""
     checkpoint_every: int = 500
     """Steps between two checkpoints."""
     keep_checkpoints: int = 2
@@ -176,12 +176,14 @@ class TrainConfig:
     """Same noise however many processes share the batch (each draws all of it)."""
     num_threads: int | None = None
     """CPU threads per process. None: PyTorch's choice."""
+    timeout_minutes: float = 30.0
+    """Minutes that a process waits for the others in a training step before the run fails."""
 
     def __post_init__(self) -> None:
         require_positive(
             self,
             "epochs max_steps batch_size accumulate log_every eval_every eval_images "
-            "checkpoint_every keep_checkpoints num_threads",
+            "checkpoint_every keep_checkpoints num_threads timeout_minutes",
         )
         require_non_negative(self, "seed")
         require(

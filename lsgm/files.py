@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -17,7 +19,14 @@ import torch
 
 from lsgm.errors import UserError
 
-__all__ = ["RunFolder", "atomic_save", "atomic_write", "atomic_write_json", "atomic_write_text"]
+__all__ = [
+    "RunFolder",
+    "atomic_save",
+    "atomic_write",
+    "atomic_write_json",
+    "atomic_write_text",
+    "json_text",
+]
 
 
 @contextlib.contextmanager
@@ -53,8 +62,40 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 
 
 def atomic_write_json(path: str | Path, value: object) -> None:
-    """Write `value` as indented JSON; see :func:`atomic_write`."""
-    atomic_write_text(path, json.dumps(value, indent=2) + "\n")
+    """Write `value` as indented JSON; see :func:`atomic_write` and :func:`json_text`.
+
+    Numbers that are NaN or infinite are written as null, with a warning that names them.
+    """
+    lost = list(_non_finite(value))
+    if lost:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        warnings.warn(
+            f"{path}: not finite, written as null: {', '.join(lost[:3])}{more}", stacklevel=2
+        )
+    atomic_write_text(path, json_text(value, indent=2) + "\n")
+
+
+def json_text(value: object, **options: Any) -> str:
+    """``json.dumps``, with null in place of NaN and infinity, which JSON does not know."""
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _non_finite(value: Any, name: str = "") -> Iterator[str]:
+    """Dotted names of the numbers in `value` that are not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{name} ({value})"
+    elif isinstance(value, (dict, list, tuple)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from _non_finite(item, f"{name}.{key}" if name else str(key))
 
 
 def atomic_save(

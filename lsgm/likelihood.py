@@ -27,7 +27,7 @@ from lsgm.divergence import Divergence, ExactDivergence
 from lsgm.sde import LinearSDE
 from lsgm.solvers.base import EpsFn, probability_flow_velocity
 from lsgm.solvers.ode import Backend, integrate_adaptive
-from vae.random import Rng
+from vae.random import Rng, RowGenerators
 
 __all__ = ["OdeLogDensity", "ToleranceRow", "ode_log_density", "tolerance_convergence"]
 
@@ -193,7 +193,7 @@ def tolerance_convergence(
             z0,
             rtol=tolerance,
             atol=tolerance,
-            rng=torch.Generator().manual_seed(seed),
+            rng=RowGenerators.of(seed, range(len(z0))),
             **options,
         )
         for tolerance in ordered

@@ -286,11 +286,11 @@ class EvaluateOptions:
     iw: tuple[int, ...] = (1, 2, 4, 8)
     """Numbers of posterior draws of the plot of importance-weighted bounds in the report."""
     iw_images: int = 256
-    """Images of that plot."""
+    """Images of that plot, at most: drawn at random."""
     neighbours: int = 10
     """Samples whose nearest training images the report shows."""
     limit: int | None = None
-    """Use the first so many images only."""
+    """Use so many images only: drawn at random, the same for all runs."""
     samples: int = 1
     """Posterior draws per image for nelbo."""
     k: int = 32
@@ -298,7 +298,8 @@ class EvaluateOptions:
     iw_steps: int = 20
     """Steps of the diffusion path in iw of an LSGM: more are tighter and cost as much more."""
     batch_size: int = 250
-    """Images at a time."""
+    """Images at a time. Every image has its own noise, so the numbers do not depend on it, except
+    with ode, iw_exact and bits within the tolerance."""
     tolerance: float = 1e-5
     """Tolerance of the ODE in the metric ode."""
     seed: int = 0

@@ -37,6 +37,7 @@ __all__ = [
     "draw_samples",
     "has_diffusion",
     "iterate_samples",
+    "row_sampler",
     "sample_to_file",
     "solver_name",
 ]
@@ -89,6 +90,28 @@ def draw_batch(
     return Batch(images, latents, solution.nfe)
 
 
+def row_sampler(
+    model: VAEModel | DiffusionModel, options: SolverOptions
+) -> Callable[[Sequence[int]], Batch]:
+    """A function that draws the images with the numbers that it is given, as one batch.
+
+    Raises:
+        UserError: As :func:`choose_solver`.
+    """
+    if has_diffusion(model):
+        solver, times = choose_solver(model, options)
+
+    def draw(rows: Sequence[int]) -> Batch:
+        rng = RowGenerators.of(options.seed, rows)
+        if has_diffusion(model):
+            return draw_batch(model, len(rows), rng, solver, times, options.temperature)
+        assert isinstance(model, VAEModel)
+        latents = model.sample_latents(len(rows), rng, options.temperature)
+        return Batch(model.decode(latents, rng), tuple(latents), 0)
+
+    return draw
+
+
 @torch.no_grad()
 def iterate_samples(
     model: VAEModel | DiffusionModel, num_images: int, options: SolverOptions
@@ -98,18 +121,9 @@ def iterate_samples(
     Raises:
         UserError: As :func:`choose_solver`.
     """
-    diffusion = model if has_diffusion(model) else None
-    if diffusion is not None:
-        solver, times = choose_solver(diffusion, options)
+    draw = row_sampler(model, options)
     for start in range(0, num_images, options.batch_size):
-        rows = range(start, min(start + options.batch_size, num_images))
-        rng = RowGenerators.of(options.seed, rows)
-        if diffusion is not None:
-            batch = draw_batch(diffusion, len(rows), rng, solver, times, options.temperature)
-        else:
-            assert isinstance(model, VAEModel)
-            latents = model.sample_latents(len(rows), rng, options.temperature)
-            batch = Batch(model.decode(latents, rng), tuple(latents), 0)
+        batch = draw(range(start, min(start + options.batch_size, num_images)))
         yield Batch(batch.images.cpu(), tuple(z.cpu() for z in batch.latents), batch.nfe)
 
 

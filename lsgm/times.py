@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lsgm.sde import VESDE, VPSDE, GeometricVPSDE, LinearSDE, SubVPSDE
 from lsgm.weighting import Weighting
-from vae.random import Rng, ShardedGenerator, rand
+from vae.random import Rng, RowGenerators, ShardedGenerator, rand
 
 __all__ = [
     "CLOCKS",
@@ -42,6 +42,9 @@ __all__ = [
     "optimal_times",
     "weighted_times",
 ]
+
+GOLDEN = (math.sqrt(5) - 1) / 2
+"""Step of the sequence ``i GOLDEN mod 1``, of which every run of terms is evenly spread."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,9 @@ class TimeProposal(ABC):
                 the global batch of ``N``, which leaves each time's distribution as it is and lowers
                 the variance of the batch mean (arXiv 2107.00630 appendix I.1). Neighbouring images
                 get distant points of the lattice, so that parts of a batch are spread evenly as
-                well.
+                well. With one generator an image the points are ``rho_0 + i (sqrt(5) - 1) / 2 mod
+                1`` of the images' indices ``i``, as evenly spread over consecutive images and the
+                same in every batch.
             device: where the result lives; must know float64.
         """
         rho = (
@@ -95,8 +100,13 @@ class TimeProposal(ABC):
 def _lattice(n: int, rng: Rng, device: torch.device | str) -> Tensor:
     """This process's rows of a randomly shifted lattice over the global batch: ``(n,)``.
 
-    One point lies in each ``1/N`` of ``[0, 1)``.
+    One point lies in each ``1/N`` of ``[0, 1)``. With one generator an image the points belong to
+    the images' indices: the golden-section sequence itself.
     """
+    if isinstance(rng, RowGenerators):
+        shift = rand((1,), rng.common, device=device, dtype=torch.float64)
+        index = torch.tensor(rng.rows, device=device, dtype=torch.float64)
+        return (shift + index * GOLDEN) % 1
     generator, rank, processes = rng, 0, 1
     if isinstance(rng, ShardedGenerator):
         # the shift is one number for all, so it comes from the common generator
@@ -105,7 +115,7 @@ def _lattice(n: int, rng: Rng, device: torch.device | str) -> Tensor:
     shift = rand((1,), generator, device=device, dtype=torch.float64)
     # strata in the order of the golden-section sequence, of which every run of consecutive terms is
     # evenly spread
-    golden = torch.arange(total, device=device, dtype=torch.float64) * ((math.sqrt(5) - 1) / 2) % 1
+    golden = torch.arange(total, device=device, dtype=torch.float64) * GOLDEN % 1
     stratum = golden.argsort().argsort()[rank * n : (rank + 1) * n]
     return (shift + stratum / total) % 1
 

@@ -15,24 +15,26 @@ from lsgm.training import World, all_max, all_mean, distributed, on_main
 TOY = Path(__file__).parent / "training_toy.py"
 
 
-def _free_port():
+def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
+def toy_environment():
+    return os.environ | {"PYTHONPATH": str(TOY.parent.parent), "OMP_NUM_THREADS": "1"}
+
+
 def _run_two(*arguments):
-    port = str(_free_port())
+    port = str(free_port())
     processes = [
         subprocess.Popen(
             [sys.executable, str(TOY), *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ
+            env=toy_environment()
             | {
-                "PYTHONPATH": str(TOY.parent.parent),
-                "OMP_NUM_THREADS": "1",
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": "2",

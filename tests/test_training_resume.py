@@ -16,7 +16,7 @@ from lsgm.training import TrainingInterrupted, resume_command
 from lsgm.training.interrupt import StopSignal
 
 TOY = Path(__file__).parent / "training_toy.py"
-CLOCKS = ("time", "train_seconds", "images_per_second")
+CLOCKS = ("time", "train_seconds", "eval_seconds", "images_per_second")
 
 
 def same(a, b):

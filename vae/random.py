@@ -3,8 +3,8 @@
 All noise of the package is drawn through :func:`randn` and :func:`rand`. With a
 :class:`ShardedGenerator` every process draws the noise of the *global* batch and keeps its own
 rows, so that N processes holding B/N images each see exactly the noise of one process holding B
-images. With :class:`RowGenerators` every image has a generator of its own, so that an image does
-not depend on the batch that it is made in.
+images. With :class:`RowGenerators` every image has a generator of its own, so that what is drawn
+for an image does not depend on the batch that it is in.
 """
 
 from __future__ import annotations
@@ -48,9 +48,13 @@ class RowGenerators:
 
     Args:
         generators: On the same device, one a row.
+        rows: Index of each row's image.
+        common: For what all images share: in the same state whichever images are in the batch.
     """
 
     generators: tuple[torch.Generator, ...]
+    rows: tuple[int, ...]
+    common: torch.Generator
 
     @classmethod
     def of(cls, seed: int, rows: Sequence[int]) -> RowGenerators:
@@ -58,8 +62,12 @@ class RowGenerators:
 
         The generator tells 2^32 seeds apart: consecutive ones never coincide within a run.
         """
-        first = int(np.random.SeedSequence(seed).generate_state(1, np.uint32)[0])
-        return cls(tuple(torch.Generator().manual_seed((first + row) % 2**32) for row in rows))
+        first, common = map(int, np.random.SeedSequence(seed).generate_state(2, np.uint32))
+        return cls(
+            tuple(torch.Generator().manual_seed((first + row) % 2**32) for row in rows),
+            tuple(rows),
+            torch.Generator().manual_seed(common),
+        )
 
 
 Rng: TypeAlias = torch.Generator | ShardedGenerator | RowGenerators | None

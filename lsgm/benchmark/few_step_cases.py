@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lsgm.data import build_datasets
+from lsgm.data import build_datasets, random_subset
 from lsgm.data.spec import ImageDataset
 from lsgm.errors import UserError
 from lsgm.evaluation.features import (
@@ -182,7 +182,7 @@ def run_case(
     padding = datasets.spec.padding
 
     def images(dataset: ImageDataset) -> Tensor:
-        found = dataset.batch(torch.arange(min(QUALITY_IMAGES, len(dataset))))
+        found = dataset.batch(random_subset(len(dataset), QUALITY_IMAGES))
         return found[..., padding : found.shape[-2] - padding, padding : found.shape[-1] - padding]
 
     shape = tuple(model.state_shape)

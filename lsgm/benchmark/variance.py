@@ -183,17 +183,16 @@ def _encode(model: LSGM, options: VarianceOptions, device: torch.device) -> Late
     assert options.run is not None
     data = load_data_config(options.run, options.data_root)
     datasets = build_datasets(data)
-    x = next(
-        evaluation_batches(
-            getattr(datasets, options.split),
-            model.spec,
-            num_bits=model.vae_config.num_x_bits,
-            batch_size=options.images,
-            limit=options.images,
-            binarisation_seed=data.eval_binarisation_seed,
-            device=device,
-        )
+    batches = evaluation_batches(
+        getattr(datasets, options.split),
+        model.spec,
+        num_bits=model.vae_config.num_x_bits,
+        batch_size=options.images,
+        limit=options.images,
+        binarisation_seed=data.eval_binarisation_seed,
+        device=device,
     )
+    x = next(iter(batches))
     posterior = model.vae.encode(x, rng=torch.Generator().manual_seed(options.seed))
     z0 = model.vae.concat_top(posterior.eps).float()
     return Latents.of(z0, model.vae.parameters() if options.encoder else ())

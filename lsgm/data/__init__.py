@@ -1,7 +1,7 @@
 """Datasets in [0, 1], their order in training, and what is done to a batch before the model."""
 
 from lsgm.data.arrays import ArrayDataset
-from lsgm.data.batches import Batches, epoch_order
+from lsgm.data.batches import Batches, epoch_order, fitting_batch_size, random_subset
 from lsgm.data.folder import FolderDataset
 from lsgm.data.pixels import Pixels
 from lsgm.data.preprocess import (
@@ -28,9 +28,11 @@ __all__ = [
     "binarise",
     "build_datasets",
     "epoch_order",
+    "fitting_batch_size",
     "fixed_binarisation",
     "preprocess",
     "random_affine",
     "random_flip",
+    "random_subset",
     "reduce_bits",
 ]

@@ -16,7 +16,11 @@ from torch import Tensor
 
 from lsgm.data.spec import ImageDataset, LabelledImages
 
-__all__ = ["Batches", "epoch_order"]
+__all__ = ["Batches", "epoch_order", "fitting_batch_size", "random_subset"]
+
+SUBSET_SEED = 0
+"""Of the images that an evaluation on a part of the data takes: the same in all runs, so that their
+numbers compare in pairs."""
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
@@ -28,6 +32,22 @@ def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
         np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> np.uint64(1)
     )
     return torch.randperm(n, generator=torch.Generator().manual_seed(state))
+
+
+def random_subset(n: int, limit: int | None, seed: int = SUBSET_SEED) -> Tensor:
+    """Return `limit` of the indices 0..n-1, drawn without replacement and in rising order, or all
+    if `limit` is None or not less; int64. A smaller subset of a seed is part of a larger one.
+    """
+    if limit is None or limit >= n:
+        return torch.arange(n)
+    return epoch_order(n, seed, 0)[:limit].sort().values
+
+
+def fitting_batch_size(batch_size: int, num_images: int, parts: int = 1) -> int:
+    """Return `batch_size`, or the largest multiple of `parts` that `num_images` can fill if that is
+    less; 0 if there is none.
+    """
+    return batch_size if batch_size <= num_images else num_images - num_images % parts
 
 
 class Batches:
@@ -43,7 +63,7 @@ class Batches:
         world_size: Number of processes. In training it has to divide the batch, and rank r takes
             the r-th part of it. In evaluation parts differ by one image at most, and a rank left
             without any image skips the batch.
-        limit: Use the first `limit` images only (evaluation on a part).
+        limit: Use so many images only (evaluation on a part): :func:`random_subset`.
         labels: Give each batch as :class:`LabelledImages`, in place of the images alone.
 
     Raises:
@@ -70,7 +90,8 @@ class Batches:
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.num_images = len(dataset) if limit is None else min(limit, len(dataset))
+        self._images = random_subset(len(dataset), limit)
+        self.num_images = len(self._images)
         if train and batch_size % world_size:
             raise ValueError(
                 f"a batch of {batch_size} images does not divide over {world_size} processes"
@@ -126,8 +147,6 @@ class Batches:
         return LabelledImages(images, self.dataset.labels[index])
 
     def _order(self, epoch: int) -> Tensor:
-        return (
-            epoch_order(self.num_images, self.seed, epoch)
-            if self.train
-            else torch.arange(self.num_images)
-        )
+        if not self.train:
+            return self._images
+        return self._images[epoch_order(self.num_images, self.seed, epoch)]

@@ -8,7 +8,6 @@ what it was made from.
 from __future__ import annotations
 
 import hashlib
-import json
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from lsgm.data import Datasets, DataSpec, ImageDataset, binarise, epoch_order
 from lsgm.errors import UserError
-from lsgm.files import atomic_write
+from lsgm.files import atomic_write, json_text
 
 __all__ = [
     "CharacterClassifier",
@@ -148,7 +147,7 @@ def train_classifier(
         "train": data_hash(datasets.train),
         "test": data_hash(datasets.test),
     }
-    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    key = hashlib.sha256(json_text(made_from, sort_keys=True).encode()).hexdigest()
     path = cache / f"classifier-{datasets.spec.name}-{key[:16]}.safetensors"
     network = _build(datasets, settings)
     accuracy = _read(path, network)
@@ -159,7 +158,7 @@ def train_classifier(
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
-            notes = {"made_from": json.dumps(made_from), "test_accuracy": repr(accuracy)}
+            notes = {"made_from": json_text(made_from), "test_accuracy": repr(accuracy)}
             file.write(to_safetensors(state, metadata=notes))
     network.to(device).eval().requires_grad_(False)
     words = {"omniglot": "alphabets", "mnist": "digits", "digits": "digits"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from lsgm.data_likelihood import ode_data_likelihood
 from lsgm.datasgm import DataSGM
 from lsgm.divergence import make_divergence
 from lsgm.errors import UserError
-from lsgm.evaluation.nll import LikelihoodReport, Values
+from lsgm.evaluation.nll import LikelihoodReport, Values, with_generators
 
 __all__ = ["data_ode_bound"]
 
@@ -21,7 +21,7 @@ __all__ = ["data_ode_bound"]
 @torch.no_grad()
 def data_ode_bound(
     model: DataSGM,
-    batches: Iterator[Tensor],
+    batches: Iterable[Tensor],
     *,
     tolerance: float = 1e-5,
     divergence: str = "hutchinson",
@@ -46,14 +46,14 @@ def data_ode_bound(
     Raises:
         UserError: The model was trained without dequantisation and has no such likelihood.
     """
-    start, rng = time.perf_counter(), torch.Generator().manual_seed(seed)
+    start = time.perf_counter()
     if not model.pixels.dequantise:
         raise UserError(
             "--metrics bits: this model was trained without dequantisation (score.dequantise) and "
             "has no density of 8-bit images"
         )
     values, calls, words = Values(), [], ("", "")
-    for x in batches:
+    for x, rng in with_generators(batches, seed):
         found = ode_data_likelihood(
             model.sde,
             model.score,

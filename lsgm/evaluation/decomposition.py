@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from lsgm.evaluation.importance import convergence, iw_of_groups
-from lsgm.evaluation.nll import Estimate
+from lsgm.evaluation.nll import Estimate, with_generators
 from lsgm.models import LSGM, VAEModel
 from lsgm.objectives import latent_cross_entropy
 from lsgm.times import make_proposal
 from lsgm.weighting import make_weighting
 from vae.objective import bounds, elbo
+from vae.random import Rng
 
 __all__ = ["BoundCurve", "Decomposition", "Term", "bound_curves", "decompose"]
 
@@ -62,10 +63,9 @@ def decompose(model: VAEModel, batches: Iterable[Tensor], *, seed: int = 0) -> D
     of the coarsest scale: their KL is one number, with the variational cross-entropy of
     2106.05931, eq. 8, at one importance-sampled time an image.
     """
-    rng = torch.Generator().manual_seed(seed)
     reconstruction, groups, joint = [], [], []
     coarse = model.vae.num_groups_per_scale if isinstance(model, LSGM) else 0
-    for x in batches:
+    for x, rng in with_generators(batches, seed):
         output = model.vae(x, rng=rng)
         parts = elbo(model.vae, output, x)
         reconstruction.append(parts.reconstruction.double().cpu())
@@ -98,7 +98,7 @@ def decompose(model: VAEModel, batches: Iterable[Tensor], *, seed: int = 0) -> D
     )
 
 
-def _joint_kl(model: LSGM, posterior: Any, rng: torch.Generator) -> Tensor:
+def _joint_kl(model: LSGM, posterior: Any, rng: Rng) -> Tensor:
     """``log q - log p`` of the coarsest scale under the score-based prior: ``(B,)``, nats."""
     likelihood = make_weighting("likelihood")
     top = model.vae.concat_top(posterior.eps).float()
@@ -134,17 +134,19 @@ class BoundCurve:
 
 @torch.no_grad()
 def bound_curves(
-    model: VAEModel, batches: Sequence[Tensor], *, k: Sequence[int], seed: int = 0, steps: int = 20
+    model: VAEModel, batches: Iterable[Tensor], *, k: Sequence[int], seed: int = 0, steps: int = 20
 ) -> tuple[BoundCurve, ...]:
     """IW-k bounds (1509.00519, eq. 8) of ``model`` on ``batches``: under its own prior, and of an
     LSGM also of its VAE under N(0, I). The largest ``k`` fixes the draws; a smaller one averages
-    over groups of them.
+    over groups of them. ``batches`` may be gone through twice.
     """
-    num = sum(map(len, batches))
     ks = tuple(sorted(set(k)))
-    rng = torch.Generator().manual_seed(seed)
-    weights = [bounds(model.vae, x, ks[-1], rng).log_weights.double().cpu() for x in batches]
+    weights = [
+        bounds(model.vae, x, ks[-1], rng).log_weights.double().cpu()
+        for x, rng in with_generators(batches, seed)
+    ]
     log_w = torch.cat(weights, dim=1)
+    num = log_w.shape[1]
     values = tuple(Estimate.of(iw_of_groups(log_w, n)) for n in ks)
     if not isinstance(model, LSGM):
         return (BoundCurve("IW-k, N(0, I) prior", ks, values, num, seed),)

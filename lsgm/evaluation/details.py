@@ -8,7 +8,6 @@ import hashlib
 import platform
 import shlex
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,11 +18,11 @@ from torch import Tensor
 
 import lsgm
 from lsgm.config import DataConfig
-from lsgm.data import Datasets, DataSpec, ImageDataset
+from lsgm.data import Datasets, DataSpec, ImageDataset, random_subset
 from lsgm.evaluation.classifier import data_hash, unpadded
 from lsgm.evaluation.decomposition import BoundCurve, Decomposition, bound_curves, decompose
 from lsgm.evaluation.distances import Neighbours, nearest_neighbours
-from lsgm.evaluation.nll import evaluation_batches
+from lsgm.evaluation.nll import ImageBatches, evaluation_batches
 from lsgm.evaluation.published import PublishedLadder, published_for
 from lsgm.evaluation.sample_quality import SampleQualityReport, sample_quality
 from lsgm.models import VAEModel
@@ -98,7 +97,7 @@ def examine(
     if isinstance(model, VAEModel):
         dataset = datasets.test if options.split == "test" else datasets.train
 
-        def batches(limit: int | None) -> Iterator[Tensor]:
+        def batches(limit: int | None) -> ImageBatches:
             return evaluation_batches(
                 dataset,
                 model.spec,
@@ -112,7 +111,7 @@ def examine(
         decomposition = decompose(model, batches(options.limit), seed=options.seed)
         if options.iw:
             fewest = min(options.iw_images, options.limit or options.iw_images)
-            curves = bound_curves(model, [*batches(fewest)], k=options.iw, seed=options.seed)
+            curves = bound_curves(model, batches(fewest), k=options.iw, seed=options.seed)
     quality = None
     if options.quality.extractor:
         quality = sample_quality(model, datasets, options.quality, options.sampling, data)
@@ -150,7 +149,7 @@ def neighbours_of(samples: Tensor, datasets: Datasets, *, k: int = 5) -> Neighbo
     spec, k = datasets.spec, min(k, len(datasets.train))
     found = _nearest(samples, datasets.train, spec, k)
     num = min(len(samples), len(datasets.test))
-    test = unpadded(datasets.test, spec, torch.arange(num))
+    test = unpadded(datasets.test, spec, random_subset(len(datasets.test), num))
     images = unpadded(datasets.train, spec, found.indices.flatten())
     return NeighbourSummary(
         samples,

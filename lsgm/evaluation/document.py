@@ -6,7 +6,7 @@ digit.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from lsgm.evaluation.figures import (
 )
 from lsgm.evaluation.nll import Estimate, LikelihoodReport
 from lsgm.evaluation.sample_quality import QualityPoint, SampleQualityReport, difference
-from lsgm.files import atomic_write_json, atomic_write_text
+from lsgm.files import atomic_write_json, atomic_write_text, json_text
 
 __all__ = ["as_json", "markdown", "write_report"]
 
@@ -73,7 +73,7 @@ def _plots(details: Details, out: Path, neighbours: int) -> None:
         decomposition_plot(
             [term.name for term in parts.terms],
             [term.nats.mean for term in parts.terms],
-            [term.nats.standard_error or 0.0 for term in parts.terms],
+            [_error(term.nats) for term in parts.terms],
             out / "decomposition.png",
         )
     if details.curves:
@@ -82,7 +82,7 @@ def _plots(details: Details, out: Path, neighbours: int) -> None:
                 curve.name,
                 curve.k,
                 [nats.mean for nats in curve.nats],
-                [nats.standard_error or 0.0 for nats in curve.nats],
+                [_error(nats) for nats in curve.nats],
             )
             for curve in details.curves
         ]
@@ -143,11 +143,11 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _nats(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return "-"
-    if estimate.standard_error is None:
-        return f"{estimate.mean:.2f}"
-    return f"{estimate.mean:.2f} +- {estimate.standard_error:.2f}"
+    return "-" if estimate is None else str(estimate)
+
+
+def _error(estimate: Estimate) -> float:
+    return math.nan if estimate.standard_error is None else estimate.standard_error
 
 
 def _settings(bound: LikelihoodReport) -> str:
@@ -199,8 +199,8 @@ def _curves(details: Details) -> list[str]:
     rows = ((curve.name, *map(_nats, curve.nats)) for curve in details.curves)
     return [
         "## Bound against importance weights",
-        f"The first {first.num_images} images, seed {first.seed}; a bound with fewer weights is "
-        "the mean over groups of the same draws.",
+        f"{first.num_images} images, drawn at random if there are more, seed {first.seed}; a bound "
+        "with fewer weights is the mean over groups of the same draws.",
         _table(("bound", *(f"k = {k}" for k in first.k)), rows),
         "![bound against importance weights](bounds.png)",
     ]
@@ -258,7 +258,7 @@ def _pictures(report: Any, details: Details, out: Path) -> list[str]:
     words = {
         "samples": f"{sampling['batch_size']} samples: {sampling['solver']}, NFE "
         f"{sampling['nfe']:g}, seed {sampling['seed']}; decoder means, not chosen",
-        "reconstructions": "the first test images, each with its reconstruction to the right",
+        "reconstructions": "test images drawn at random, each with its reconstruction to the right",
     }
     for name, caption in words.items():
         if (out / f"{name}.png").is_file():
@@ -299,7 +299,7 @@ def _repeat(repeat: dict[str, Any]) -> list[str]:
         f"```\n{repeat['command']}\n```",
         "The same command on the same machine gives the same digits. All options are in "
         "`report.json`.",
-        f"```json\n{json.dumps(facts, indent=2)}\n```",
+        f"```json\n{json_text(facts, indent=2)}\n```",
     ]
 
 

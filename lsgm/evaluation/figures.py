@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,9 +65,11 @@ def learning_curves(
     path: Path,
     metric: str = "nelbo",
     ylabel: str = "NELBO, nats an image",
+    num_dims: int | None = None,
 ) -> None:
     """Plot a metric (the NELBO) in training and test of ``runs`` (label -> metrics lines) against
-    training minutes, one after the other.
+    training minutes, one after the other. ``num_dims``: values of an image, of grey or colour data
+    whose nats a second axis then shows as bits/dim.
     """
     import matplotlib
 
@@ -104,6 +107,10 @@ def learning_curves(
         axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.15 * (high - low) + 1e-3)
     axes.set_xlabel("training time, minutes")
     axes.set_ylabel(ylabel)
+    if num_dims is not None:
+        unit = num_dims * math.log(2)
+        scale = (lambda nats: nats / unit, lambda bits: bits * unit)
+        axes.secondary_yaxis("right", functions=scale).set_ylabel("bits/dim")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
@@ -133,7 +140,7 @@ def _plot(path: Path, width: float = 6.0, height: float = 3.8) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one line of a plot, with standard errors (0: none)."""
+    """Points of one line of a plot, with standard errors (NaN: not known)."""
 
     label: str
     x: Sequence[float]
@@ -190,14 +197,18 @@ def _powers_of_two(axes: Any, ticks: Sequence[float]) -> None:
 def decomposition_plot(
     names: Sequence[str], nats: Sequence[float], errors: Sequence[float], path: Path
 ) -> None:
-    """Horizontal bars of the parts of a NELBO (nats), each with its value and standard error."""
+    """Horizontal bars of the parts of a NELBO (nats), each with its value and standard error (NaN:
+    not known).
+    """
     with _plot(path, height=1.2 + 0.34 * len(names)) as axes:
         places = range(len(names))
         axes.barh(places, nats, xerr=errors, color=["C0", *["C1"] * (len(names) - 1)], capsize=2)
         span = max(max(nats), 0) - min(min(nats), 0)
         for place, value, error in zip(places, nats, errors, strict=True):
+            known = math.isfinite(error)
             axes.text(
-                max(value, 0) + error + 0.015 * span, place, f"{value:.2f} ± {error:.2f}",
+                max(value, 0) + (error if known else 0.0) + 0.015 * span, place,
+                f"{value:.2f} ± {error:.2f}" if known else f"{value:.2f}",
                 va="center", fontsize="small",
             )  # fmt: skip
         axes.set_yticks(list(places), names)

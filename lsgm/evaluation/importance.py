@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,14 @@ from torch import Tensor
 
 from lsgm.divergence import make_divergence
 from lsgm.errors import UserError
-from lsgm.evaluation.nll import Estimate, LikelihoodReport, Values, iw_bound, posterior_draw
+from lsgm.evaluation.nll import (
+    Estimate,
+    LikelihoodReport,
+    Values,
+    iw_bound,
+    posterior_draw,
+    with_generators,
+)
 from lsgm.likelihood import ode_log_density
 from lsgm.models import LSGM, VAEModel
 from lsgm.path_bound import PathPrior
@@ -52,7 +59,7 @@ LogPrior = Callable[[Tensor, Rng], Tensor]
 
 
 def iw(
-    model: VAEModel, batches: Iterator[Tensor], *, k: int, steps: int = STEPS, **options: Any
+    model: VAEModel, batches: Iterable[Tensor], *, k: int, steps: int = STEPS, **options: Any
 ) -> LikelihoodReport:
     """IW-``k`` under the model's own prior: :func:`path_iw_bound` of an LSGM with ``steps`` steps,
     :func:`lsgm.evaluation.nll.iw_bound` of a VAE.
@@ -102,7 +109,7 @@ def path_prior(
 @torch.no_grad()
 def path_iw_bound(
     model: LSGM,
-    batches: Iterator[Tensor],
+    batches: Iterable[Tensor],
     *,
     k: int,
     steps: int = STEPS,
@@ -127,7 +134,7 @@ def path_iw_bound(
         batches,
         prior.log_weight,
         k=k,
-        rng=rng,
+        seed=seed,
         callback=callback,
         bound=f"IW-{k}, score-based prior, paths of {steps} steps",
         estimator="diffusion path among the latents",
@@ -135,7 +142,6 @@ def path_iw_bound(
             "steps": steps,
             "grid": grid,
             "calibration": calibration,
-            "seed": seed,
             **settings,
         },
     )
@@ -144,7 +150,7 @@ def path_iw_bound(
 @torch.no_grad()
 def exact_iw_bound(
     model: LSGM,
-    batches: Iterator[Tensor],
+    batches: Iterable[Tensor],
     *,
     k: int,
     t_end: float = 1e-5,
@@ -195,11 +201,11 @@ def exact_iw_bound(
         batches,
         log_prior,
         k=k,
-        rng=torch.Generator().manual_seed(seed),
+        seed=seed,
         callback=callback,
         bound=f"IW-{k}, score-based prior by its ODE",
         estimator="exact divergence, dopri5",
-        settings={"t_end": t_end, "tolerance": tolerance, "seed": seed, **settings},
+        settings={"t_end": t_end, "tolerance": tolerance, **settings},
     )
     report.settings["nfe"] = sum(calls) / max(len(calls), 1)
     return report
@@ -217,11 +223,11 @@ def _log_weights(model: LSGM, x: Tensor, log_prior: LogPrior, k: int, rng: Rng) 
 
 def _importance_weighted(
     model: LSGM,
-    batches: Iterator[Tensor],
+    batches: Iterable[Tensor],
     log_prior: LogPrior,
     *,
     k: int,
-    rng: Rng,
+    seed: int,
     callback: Callable[[int], None] | None,
     bound: str,
     estimator: str,
@@ -229,7 +235,7 @@ def _importance_weighted(
 ) -> LikelihoodReport:
     start = time.perf_counter()
     values, nelbos, effective = Values(), [], []
-    for x in batches:
+    for x, rng in with_generators(batches, seed):
         log_w = _log_weights(model, x, log_prior, k, rng)
         values.total.append(-importance_weighted_bound(log_w).cpu())
         nelbos.append(-log_w.mean(0).cpu())
@@ -239,7 +245,15 @@ def _importance_weighted(
     nelbo = Estimate.of(torch.cat(nelbos)).mean
     draws = torch.cat(effective).mean().item()
     return values.report(
-        model, bound, estimator, start, k=k, nelbo=nelbo, effective_draws=draws, **settings
+        model,
+        bound,
+        estimator,
+        start,
+        k=k,
+        seed=seed,
+        nelbo=nelbo,
+        effective_draws=draws,
+        **settings,
     )
 
 
@@ -274,7 +288,7 @@ class ConvergenceRow:
 @torch.no_grad()
 def convergence(
     model: LSGM,
-    batches: Sequence[Tensor],
+    batches: Iterable[Tensor],
     *,
     k: Sequence[int] = (1, 2, 4, 8, 16),
     steps: Sequence[int] = (5, 10, 20, 40),
@@ -283,15 +297,17 @@ def convergence(
     seed: int = 0,
 ) -> tuple[ConvergenceRow, ...]:
     """The path-wise bound by number of draws and of steps, all on the same images; the values of
-    one row of ``steps`` share their draws.
+    one row of ``steps`` share their draws. ``batches`` is gone through once a row.
     """
     rows = []
     for number in steps:
         rng = torch.Generator().manual_seed(seed)
         prior = path_prior(model, number, grid=grid, calibration=calibration, rng=rng)
-        log_w = torch.cat(
-            [_log_weights(model, x, prior.log_weight, max(k), rng).cpu() for x in batches], 1
-        )
+        log_ws = [
+            _log_weights(model, x, prior.log_weight, max(k), own).cpu()
+            for x, own in with_generators(batches, seed)
+        ]
+        log_w = torch.cat(log_ws, 1)
         rows += [ConvergenceRow(number, n, Estimate.of(iw_of_groups(log_w, n))) for n in k]
     return tuple(rows)
 
@@ -306,10 +322,5 @@ def format_convergence(rows: Sequence[ConvergenceRow]) -> str:
     ]
     for steps in sorted({row.steps for row in rows}):
         found = [cells[steps, k] for k in columns if (steps, k) in cells]
-        lines.append(f"| {steps} | {' | '.join(map(_format, found))} |")
+        lines.append(f"| {steps} | {' | '.join(map(str, found))} |")
     return "\n".join(lines)
-
-
-def _format(estimate: Estimate) -> str:
-    error = "?" if estimate.standard_error is None else f"{estimate.standard_error:.2f}"
-    return f"{estimate.mean:.2f} +- {error}"

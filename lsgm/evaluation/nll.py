@@ -2,37 +2,45 @@
 
 All figures are nats an image (padding excluded); :func:`bits_per_dim` converts. Binary data are
 evaluated on one fixed seeded Bernoulli draw per image (:func:`lsgm.data.fixed_binarisation`).
+
+Every image has its own generator (:class:`vae.random.RowGenerators`), seeded by the seed and the
+image's index in the data, so that its number does not depend on the batch size, on the other images
+or on the number of processes. Adaptive ODE solvers share their steps over a batch, which is seen
+within their tolerance.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lsgm.data import DataSpec, ImageDataset, fixed_binarisation, preprocess
+from lsgm.data import Batches, DataSpec, ImageDataset, fixed_binarisation, preprocess
 from lsgm.divergence import make_divergence
 from lsgm.likelihood import ode_log_density, tolerance_convergence
 from lsgm.models import LSGM, NELBO, VAEModel
 from vae.objective import bits_per_dim, importance_weighted_bound, standard_normal_log_prob
-from vae.random import Rng
+from vae.random import Rng, RowGenerators
 
 __all__ = [
     "Estimate",
+    "ImageBatches",
     "LikelihoodReport",
     "PosteriorDraw",
     "Values",
     "evaluation_batches",
     "iw_bound",
     "nelbo",
+    "nelbo_values",
     "normal_nelbo",
     "ode_nelbo",
     "posterior_draw",
+    "with_generators",
 ]
 
 
@@ -48,6 +56,10 @@ class Estimate:
         """From one value per image, ``(N,)``."""
         spread = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
         return cls(values.mean().item(), spread)
+
+    def __str__(self) -> str:
+        spread = "n/a" if self.standard_error is None else f"{self.standard_error:.2f}"
+        return f"{self.mean:.2f} +- {spread}"
 
 
 @dataclass(frozen=True)
@@ -90,14 +102,47 @@ def evaluation_batches(
     limit: int | None = None,
     binarisation_seed: int = 0,
     device: torch.device | str = "cpu",
-) -> Iterator[Tensor]:
-    """Batches ``(b, C, R, R)`` in [-1, 1] of the first ``limit`` images, binarised once and for all
-    where the data are binary.
+    rank: int = 0,
+    world_size: int = 1,
+) -> ImageBatches:
+    """Batches of all images or of a random subset of ``limit`` of them
+    (:func:`lsgm.data.random_subset`), binarised once and for all where the data are binary; of
+    several processes each gets its part of every batch.
     """
     fixed = fixed_binarisation(dataset, binarisation_seed) if spec.binary else dataset
-    count = len(fixed) if limit is None else min(limit, len(fixed))
-    for index in torch.arange(count).split(batch_size):
-        yield preprocess(fixed.batch(index).to(device), spec, num_bits)
+    batches = Batches(fixed, batch_size, train=False, limit=limit, rank=rank, world_size=world_size)
+    return ImageBatches(batches, spec, num_bits, device)
+
+
+@dataclass(frozen=True)
+class ImageBatches:
+    """Images as a model sees them: iterates over batches ``(b, C, R, R)`` in [-1, 1]."""
+
+    batches: Batches
+    spec: DataSpec
+    num_bits: int = 8
+    device: torch.device | str = "cpu"
+
+    @property
+    def index(self) -> Tensor:
+        """Places of the images in the dataset, in the order in which they come: ``(N,)``."""
+        return torch.cat([self.batches.index(0, s) for s in range(self.batches.steps_per_epoch)])
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for _, images in self.batches.epoch():
+            yield preprocess(images.to(self.device), self.spec, self.num_bits)
+
+
+def with_generators(batches: Iterable[Tensor], seed: int) -> Iterator[tuple[Tensor, RowGenerators]]:
+    """Each batch with the generators of its images: by their places in the dataset
+    (:class:`ImageBatches`), else in the order in which they come.
+    """
+    index = batches.index.tolist() if isinstance(batches, ImageBatches) else None
+    done = 0
+    for x in batches:
+        rows = range(done, done + len(x))
+        yield x, RowGenerators.of(seed, rows if index is None else [index[i] for i in rows])
+        done += len(x)
 
 
 @dataclass
@@ -161,9 +206,29 @@ def posterior_draw(model: LSGM, taps: Sequence[Tensor], x: Tensor, rng: Rng) -> 
 
 
 @torch.no_grad()
+def nelbo_values(
+    model: VAEModel,
+    batches: Iterable[Tensor],
+    *,
+    samples: int = 1,
+    seed: int = 0,
+    callback: Callable[[int], None] | None = None,
+) -> Values:
+    """What :func:`nelbo` averages."""
+    values = Values()
+    for x, rng in with_generators(batches, seed):
+        draws: list[NELBO] = [model.nelbo(x, rng) for _ in range(samples)]
+        values.total.append(torch.stack([d.total for d in draws]).mean(0).cpu())
+        values.reconstruction.append(torch.stack([d.reconstruction for d in draws]).mean(0).cpu())
+        values.kl.append(torch.stack([d.kl for d in draws]).mean(0).cpu())
+        if callback:
+            callback(len(x))
+    return values
+
+
 def nelbo(
     model: VAEModel,
-    batches: Iterator[Tensor],
+    batches: Iterable[Tensor],
     *,
     samples: int = 1,
     seed: int = 0,
@@ -177,15 +242,7 @@ def nelbo(
     time; its standard error includes the scatter from the times.
     """
     start = time.perf_counter()
-    rng = torch.Generator().manual_seed(seed)
-    values = Values()
-    for x in batches:
-        draws: list[NELBO] = [model.nelbo(x, rng) for _ in range(samples)]
-        values.total.append(torch.stack([d.total for d in draws]).mean(0).cpu())
-        values.reconstruction.append(torch.stack([d.reconstruction for d in draws]).mean(0).cpu())
-        values.kl.append(torch.stack([d.kl for d in draws]).mean(0).cpu())
-        if callback:
-            callback(len(x))
+    values = nelbo_values(model, batches, samples=samples, seed=seed, callback=callback)
     prior = "score-based prior" if isinstance(model, LSGM) else "N(0, I) prior"
     estimator = (
         "importance-sampled variational cross-entropy"
@@ -197,7 +254,7 @@ def nelbo(
     )
 
 
-def normal_nelbo(model: LSGM, batches: Iterator[Tensor], **options: Any) -> LikelihoodReport:
+def normal_nelbo(model: LSGM, batches: Iterable[Tensor], **options: Any) -> LikelihoodReport:
     """:func:`nelbo` of an LSGM's own VAE under N(0, I): what the same weights give without the
     score-based prior.
     """
@@ -207,7 +264,7 @@ def normal_nelbo(model: LSGM, batches: Iterator[Tensor], **options: Any) -> Like
 @torch.no_grad()
 def iw_bound(
     model: VAEModel,
-    batches: Iterator[Tensor],
+    batches: Iterable[Tensor],
     *,
     k: int,
     seed: int = 0,
@@ -221,9 +278,8 @@ def iw_bound(
     bias the bound.
     """
     start = time.perf_counter()
-    rng = torch.Generator().manual_seed(seed)
     values = Values()
-    for x in batches:
+    for x, rng in with_generators(batches, seed):
         log_w = torch.stack([-VAEModel.nelbo(model, x, rng).total for _ in range(k)])
         values.total.append(-importance_weighted_bound(log_w).cpu())
         if callback:
@@ -236,7 +292,7 @@ def iw_bound(
 @torch.no_grad()
 def ode_nelbo(
     model: LSGM,
-    batches: Iterator[Tensor],
+    batches: Iterable[Tensor],
     *,
     t_end: float = 1e-5,
     tolerance: float = 1e-5,
@@ -256,12 +312,12 @@ def ode_nelbo(
     the first ``check_images`` images (None where there are none).
     """
     start = time.perf_counter()
-    rng = torch.Generator().manual_seed(seed)
     options = {"num_probes": probes} if divergence == "hutchinson" else {}
     estimator = make_divergence(divergence, **options)
     values = Values()
-    evaluations, variances, change = [], [], None
-    for x in batches:
+    evaluations, variances = [], []
+    first = torch.empty(0, *model.vae.top_shape, device=model.device)
+    for x, rng in with_generators(batches, seed):
         draw = posterior_draw(model, model.vae.encoder(x), x, rng)
         density = ode_log_density(
             model.sde,
@@ -273,17 +329,7 @@ def ode_nelbo(
             atol=tolerance,
             rng=rng,
         )
-        if not evaluations and check_images:
-            table = tolerance_convergence(
-                model.sde,
-                model.score,
-                draw.top[:check_images],
-                (10 * tolerance, tolerance),
-                seed=seed,
-                divergence=estimator,
-                t_end=t_end,
-            )
-            change = table[0].error
+        first = torch.cat([first, draw.top[: check_images - len(first)]])
         total = -draw.log_weight(density.log_prob)
         values.total.append(total.cpu())
         values.reconstruction.append(draw.reconstruction.cpu())
@@ -293,6 +339,12 @@ def ode_nelbo(
             variances.append(density.probe_variance.cpu())
         if callback:
             callback(len(x))
+    change = None
+    if len(first):
+        tolerances = (10 * tolerance, tolerance)
+        change = tolerance_convergence(
+            model.sde, model.score, first, tolerances, seed=seed, divergence=estimator, t_end=t_end
+        )[0].error
     return values.report(
         model,
         "NELBO, score-based prior by its ODE",

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from lsgm.config import DataConfig
 from lsgm.data import Datasets, build_datasets
+from lsgm.data.batches import SUBSET_SEED
 from lsgm.errors import UserError
 from lsgm.evaluation.data_nll import data_ode_bound
 from lsgm.evaluation.details import Details, examine
@@ -33,6 +34,7 @@ from lsgm.evaluation.nll import (
     nelbo,
     normal_nelbo,
     ode_nelbo,
+    with_generators,
 )
 from lsgm.files import atomic_write_json
 from lsgm.models import LSGM, VAEModel, load, load_data_config
@@ -168,7 +170,6 @@ def _run_metric(
     label: str,
 ) -> LikelihoodReport:
     dataset = datasets.test if options.split == "test" else datasets.train
-    total = len(dataset) if options.limit is None else min(options.limit, len(dataset))
     batches = evaluation_batches(
         dataset,
         model.spec,
@@ -186,6 +187,7 @@ def _run_metric(
         "iw_exact": {"k": options.k, "tolerance": options.tolerance},
         "bits": {"tolerance": options.tolerance},
     }[name]
+    total = len(batches.index)
     with tqdm(total=total, desc=f"{label} {name}", unit="img", leave=False, disable=None) as bar:
         return METRICS[name](
             model,
@@ -195,6 +197,7 @@ def _run_metric(
             **settings,
             batch_size=options.batch_size,
             binarisation_seed=data.eval_binarisation_seed if model.spec.binary else None,
+            subset_seed=SUBSET_SEED if total < len(dataset) else None,
         )
 
 
@@ -212,24 +215,25 @@ def write_pictures(
     out.mkdir(parents=True, exist_ok=True)
     save_grid(image_grid(samples), out / "samples.png")
     if isinstance(model, VAEModel):
-        x = next(
-            evaluation_batches(
-                datasets.test,
-                model.spec,
-                num_bits=_num_bits(model),
-                batch_size=50,
-                device=model.device,
-            )
+        shown = evaluation_batches(
+            datasets.test,
+            model.spec,
+            num_bits=_num_bits(model),
+            batch_size=50,
+            limit=50,
+            device=model.device,
         )
+        x, rng = next(with_generators(shown, options.seed))
         with torch.no_grad():
-            reconstructed = model.reconstruct(x, torch.Generator().manual_seed(options.seed))
+            reconstructed = model.reconstruct(x, rng)
         grid = reconstruction_grid(model.to_images(x), reconstructed)
         save_grid(grid, out / "reconstructions.png")
     metrics = folder / "metrics.jsonl"
     if metrics.is_file():
         lines = read_metrics(metrics)
         if any(line.get("nelbo") is not None for line in lines):
-            learning_curves({folder.name: lines}, out / "learning_curve.png")
+            dims = None if model.spec.binary else model.spec.num_dims
+            learning_curves({folder.name: lines}, out / "learning_curve.png", num_dims=dims)
 
 
 def evaluate(options: EvaluateOptions) -> None:
@@ -290,7 +294,7 @@ def format_table(reports: Sequence[RunReport]) -> str:
                 report.run.name,
                 bound.bound,
                 str(bound.num_images),
-                _format(bound.nats),
+                str(bound.nats),
                 _difference(bound, first),
                 f"{bound.bits_per_dim:.4f}",
                 f"{bound.reconstruction.mean:.2f}" if bound.reconstruction else "-",
@@ -302,12 +306,7 @@ def format_table(reports: Sequence[RunReport]) -> str:
     return "\n".join(lines)
 
 
-def _format(estimate: Estimate) -> str:
-    error = "?" if estimate.standard_error is None else f"{estimate.standard_error:.2f}"
-    return f"{estimate.mean:.2f} +- {error}"
-
-
 def _difference(bound: LikelihoodReport, first: LikelihoodReport) -> str:
     if bound is first or len(bound.per_image) != len(first.per_image):
         return "-"
-    return _format(Estimate.of(bound.per_image - first.per_image))
+    return str(Estimate.of(bound.per_image - first.per_image))

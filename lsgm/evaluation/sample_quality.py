@@ -8,7 +8,6 @@ every sampler that is compared with them.
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 import warnings
 from collections.abc import Callable
@@ -52,7 +51,7 @@ from lsgm.evaluation.features import (
     extract,
     make_extractor,
 )
-from lsgm.files import atomic_write
+from lsgm.files import atomic_write, json_text
 from lsgm.models import VAEModel
 from lsgm.options import QualityOptions, SolverOptions
 from lsgm.sampling import Samples, draw_samples
@@ -324,7 +323,7 @@ def real_activations(
         "extractor": [extractor.name, extractor.preprocessing, extractor.weights_sha256],
         "convention": [convention, seed] if spec.binary else [],
     }
-    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    key = hashlib.sha256(json_text(made_from, sort_keys=True).encode()).hexdigest()
     path = (cache or cache_root()) / f"activations-{spec.name}-{key[:16]}.safetensors"
     try:
         stored = load_file(path)
@@ -336,7 +335,7 @@ def real_activations(
     found = extract(extractor, _images_of(source, spec, chosen), batch_size)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
-        file.write(to_safetensors(asdict(found), metadata={"made_from": json.dumps(made_from)}))
+        file.write(to_safetensors(asdict(found), metadata={"made_from": json_text(made_from)}))
     return found
 
 

@@ -2,7 +2,7 @@
 
 from lsgm.files import RunFolder
 from lsgm.training.checkpoint import Checkpoints
-from lsgm.training.distributed import World, all_max, all_mean, distributed, on_main
+from lsgm.training.distributed import World, all_max, all_mean, distributed, gather_rows, on_main
 from lsgm.training.ema import EMA
 from lsgm.training.interrupt import TrainingInterrupted, resume_command
 from lsgm.training.loop import BatchSource, EvalContext, FitResult, fit
@@ -27,6 +27,7 @@ __all__ = [
     "distributed",
     "fit",
     "make_optimizer",
+    "gather_rows",
     "on_main",
     "resume_command",
 ]

@@ -23,6 +23,8 @@ class ClassifierStage(Stage):
         label_smoothing: Probability spread evenly over the wrong classes in the target.
     """
 
+    headline = ("loss", "accuracy")
+
     def __init__(self, model: ImageClassifier, label_smoothing: float = 0.0) -> None:
         super().__init__()
         self.model = model

@@ -11,28 +11,26 @@ from typing import cast
 
 import torch
 
-from lsgm.classifier import ImageClassifier, build_classifier
+from lsgm.classifier import build_classifier
 from lsgm.config_data import NCSNTrainConfig, ScoreModelConfig
 from lsgm.data import Batches, Datasets
 from lsgm.data.pixels import Pixels
 from lsgm.datasgm import DataSGM, build_data_model
-from lsgm.evaluation.figures import image_grid, learning_curves, read_metrics, save_grid
+from lsgm.evaluation.figures import learning_curves, read_metrics
 from lsgm.files import RunFolder
 from lsgm.models import save
 from lsgm.networks.classifier import Classifier
 from lsgm.noise_ladder import NoiseLadder
 from lsgm.sde import largest_squared_distance
 from lsgm.training.classifier_stage import ClassifierStage
-from lsgm.training.distributed import World, distributed, on_main
+from lsgm.training.distributed import World, distributed
+from lsgm.training.evaluation import evaluate_classifier, evaluate_score_model
 from lsgm.training.launch import fit_run, open_run
 from lsgm.training.loop import EvalContext
 from lsgm.training.score_stage import ScoreStage
 from lsgm.training.state import TrainState
 
 __all__ = ["fit_noise", "train_ncsn"]
-
-GRID_IMAGES = 36
-"""Images of the sample grids drawn during training."""
 
 MAX_SCAN_IMAGES = 10_000
 """Training images among which the largest distance is sought."""
@@ -45,7 +43,7 @@ def train_ncsn(config: NCSNTrainConfig, out: str | None = None, *, resume: bool 
     Raises:
         UserError: The configuration does not fit the data, or the folder holds another run.
     """
-    with distributed(config.train.device) as world:
+    with distributed(config.train.device, config.train.timeout_minutes) as world:
         run, datasets = open_run(config, config.data, out, resume, world)
         torch.manual_seed(config.train.seed)
         train = _train_classifier if config.kind == "classifier" else _train_score
@@ -63,9 +61,9 @@ def _train_score(
     if world.is_main:
         print(_summary(model, config), flush=True)
 
-    def evaluate(context: EvalContext) -> Mapping[str, float]:
+    def evaluate(context: EvalContext) -> Mapping[str, float | None]:
         averaged = model.with_score(context.models["score"]).eval()
-        return on_main(world, lambda: _evaluate(averaged, datasets, config, context))
+        return evaluate_score_model(averaged, config.objective, datasets, context)
 
     def release(state: TrainState) -> None:
         averaged = model.with_score(state.evaluation_models()["score"])
@@ -81,6 +79,7 @@ def _train_score(
         world,
         evaluate=evaluate,
         release=release,
+        draw_curves=lambda run: _curves(run, "score matching loss, a value of the image"),
         labels=config.score.class_conditional,
     )
 
@@ -101,33 +100,6 @@ def _summary(model: DataSGM, config: NCSNTrainConfig) -> str:
     )
 
 
-def _evaluate(
-    model: DataSGM, datasets: Datasets, config: NCSNTrainConfig, context: EvalContext
-) -> dict[str, float]:
-    """The objective on test images; writes a sample grid and the learning curve."""
-    stage = ScoreStage(model, config.objective)
-    rng = torch.Generator().manual_seed(config.train.seed)
-    classes = model.num_classes
-    total, count = 0.0, 0
-    batches = Batches(
-        datasets.test, 250, train=False, limit=config.train.eval_images, labels=classes is not None
-    )
-    for _, batch in batches.epoch():
-        images, labels = batch if classes is not None else (batch, None)
-        images = images.to(context.world.device)
-        labels = None if labels is None else labels.to(images.device)
-        x = model.pixels.to_network(images, rng, noise=True)
-        total += stage.loss(x, labels, rng).loss.item() * len(x)
-        count += len(x)
-    labels = None if classes is None else torch.arange(GRID_IMAGES) % classes
-    samples = model.decode_state(model.sample(GRID_IMAGES, rng, labels=labels).x).cpu()
-    grid = image_grid(samples)
-    context.log_image("samples", grid)
-    save_grid(grid, context.run.samples / f"samples_{context.step:08d}.png")
-    _curves(context, "score matching loss, a value of the image")
-    return {"loss": total / count / model.spec.num_dims}
-
-
 def _train_classifier(
     config: NCSNTrainConfig, datasets: Datasets, run: RunFolder, resume: bool, world: World
 ) -> None:
@@ -142,9 +114,9 @@ def _train_classifier(
             flush=True,
         )
 
-    def evaluate(context: EvalContext) -> Mapping[str, float]:
+    def evaluate(context: EvalContext) -> Mapping[str, float | None]:
         averaged = model.with_network(cast(Classifier, context.models["classifier"])).eval()
-        return on_main(world, lambda: _test_classifier(averaged, datasets, config, context))
+        return evaluate_classifier(averaged, datasets, context)
 
     def release(state: TrainState) -> None:
         network = cast(Classifier, state.evaluation_models()["classifier"])
@@ -160,34 +132,15 @@ def _train_classifier(
         world,
         evaluate=evaluate,
         release=release,
+        draw_curves=lambda run: _curves(run, "cross-entropy of the label, nats"),
         labels=True,
     )
 
 
-def _test_classifier(
-    model: ImageClassifier, datasets: Datasets, config: NCSNTrainConfig, context: EvalContext
-) -> dict[str, float]:
-    """Cross-entropy (nats) and accuracy on test images, noised as in training; writes the learning
-    curve.
-    """
-    stage = ClassifierStage(model)
-    rng = torch.Generator().manual_seed(config.train.seed)
-    loss, right, count = 0.0, 0, 0
-    batches = Batches(datasets.test, 250, train=False, limit=config.train.eval_images, labels=True)
-    for _, (images, labels) in batches.epoch():
-        x = model.pixels.to_network(images.to(context.world.device), rng, noise=True)
-        logits = stage.logits(x, rng).cpu()
-        loss += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-        right += int((logits.argmax(1) == labels).sum())
-        count += len(labels)
-    _curves(context, "cross-entropy of the label, nats")
-    return {"loss": loss / count, "accuracy": right / count}
-
-
-def _curves(context: EvalContext, ylabel: str) -> None:
+def _curves(run: RunFolder, ylabel: str) -> None:
     learning_curves(
-        {context.run.path.name: read_metrics(context.run.metrics)},
-        context.run.path / "curves.png",
+        {run.path.name: read_metrics(run.metrics)},
+        run.path / "curves.png",
         metric="loss",
         ylabel=ylabel,
     )

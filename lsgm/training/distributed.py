@@ -12,7 +12,8 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,9 +23,21 @@ from torch.nn.parallel import DistributedDataParallel
 from lsgm.errors import UserError
 from lsgm.training.precision import choose_device
 
-__all__ = ["World", "all_max", "all_mean", "distributed", "on_main", "wrap"]
+__all__ = [
+    "World",
+    "all_max",
+    "all_mean",
+    "distributed",
+    "gather_rows",
+    "on_main",
+    "wrap",
+]
 
 T = TypeVar("T")
+
+LONG_WAIT = timedelta(days=1)
+"""How long processes wait for what one of them does alone (a download, say) or for the end of an
+evaluation that they share."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +48,14 @@ class World:
         device: Where this process computes.
         rank: Index of this process, in [0, size).
         size: Number of processes.
+        patient: A group of all processes, on the CPU, whose collectives may take
+            :data:`LONG_WAIT`; None for one process.
     """
 
     device: torch.device
     rank: int = 0
     size: int = 1
+    patient: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -48,8 +64,11 @@ class World:
 
 
 @contextlib.contextmanager
-def distributed(device: str = "auto") -> Iterator[World]:
+def distributed(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[World]:
     """Join the processes that ``torchrun`` started, if it did, and leave them at the end.
+
+    A process waits for the others ``timeout_minutes`` in a training step, and :data:`LONG_WAIT`
+    where one of them works alone.
 
     Raises:
         UserError: If the device is not available.
@@ -61,12 +80,14 @@ def distributed(device: str = "auto") -> Iterator[World]:
     if size == 1:
         yield World(place)
         return
+    timeout = timedelta(minutes=timeout_minutes)
     if place.type == "cuda":
-        dist.init_process_group("nccl", device_id=place)
+        dist.init_process_group("nccl", device_id=place, timeout=timeout)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timeout)
     try:
-        yield World(place, dist.get_rank(), size)
+        patient = dist.new_group(backend="gloo", timeout=LONG_WAIT)
+        yield World(place, dist.get_rank(), size, patient)
     finally:
         # The reducers have to be gone before the group they use.
         gc.collect()
@@ -111,6 +132,17 @@ def all_max(x: Tensor, world: World) -> Tensor:
     return x
 
 
+def gather_rows(x: Tensor, world: World) -> Tensor:
+    """The rows ``(n, ...)`` of all processes on the CPU of each, those of rank 0 first; a process
+    without any may give ``(0,)``.
+    """
+    if world.size == 1:
+        return x.cpu()
+    parts: list[Any] = [None] * world.size
+    dist.all_gather_object(parts, x.cpu(), group=world.patient)
+    return torch.cat(parts)
+
+
 def on_main(world: World, action: Callable[[], T]) -> T:
     """Run `action` on the main process alone and give its (picklable) result to all.
 
@@ -127,7 +159,7 @@ def on_main(world: World, action: Callable[[], T]) -> T:
         except Exception as error:
             failure = error
             box[1], box[2] = isinstance(error, UserError), str(error)
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=world.patient)
     if failure is not None:
         raise failure
     if box[1] is not None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from lsgm.config import DataConfig, OptimConfig, TrainConfig
 from lsgm.configio import save_config
-from lsgm.data import Batches, Datasets, build_datasets
+from lsgm.data import Batches, Datasets, build_datasets, fitting_batch_size
 from lsgm.errors import UserError
 from lsgm.files import RunFolder
 from lsgm.training.distributed import World, on_main
@@ -58,16 +59,18 @@ def fit_run(
     resume: bool,
     world: World,
     *,
-    evaluate: Callable[[EvalContext], Mapping[str, float]],
+    evaluate: Callable[[EvalContext], Mapping[str, float | None]],
     release: Callable[[TrainState], None],
+    draw_curves: Callable[[RunFolder], None] | None = None,
     labels: bool = False,
 ) -> None:
-    """Train ``stage`` in the run's folder; ``labels``: on images with their classes.
+    """Train ``stage`` in the run's folder; ``labels``: on images with their classes. A batch that
+    is larger than the data becomes as large as they are.
 
     Raises:
-        UserError: The batch does not fit the data, or what :func:`lsgm.training.loop.fit` raises.
+        UserError: The batch does not divide, or what :func:`lsgm.training.loop.fit` raises.
     """
-    train = config.train
+    train = _fitted(config.train, len(datasets.train), world)
     try:
         batches = Batches(
             datasets.train,
@@ -98,4 +101,23 @@ def fit_run(
         resume=resume,
         world=world,
         release=release,
+        draw_curves=draw_curves,
     )
+
+
+def _fitted(train: TrainConfig, num_images: int, world: World) -> TrainConfig:
+    """The settings with a batch that the training images can fill."""
+    parts = world.size * train.accumulate
+    batch_size = fitting_batch_size(train.batch_size, num_images, parts)
+    if not batch_size:
+        raise UserError(
+            f"train.batch_size: {num_images} training images are too few for {world.size} "
+            f"process(es) x train.accumulate {train.accumulate}"
+        )
+    if batch_size != train.batch_size and world.is_main:
+        print(
+            f"train.batch_size: {train.batch_size} is more than the {num_images} training images; "
+            f"taking {batch_size}",
+            flush=True,
+        )
+    return replace(train, batch_size=batch_size)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import math
+import contextlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 import torch
@@ -14,10 +13,13 @@ from tensorboardX import SummaryWriter
 from torch import Tensor
 from tqdm import tqdm
 
-from lsgm.files import RunFolder
+from lsgm.files import RunFolder, json_text
 from lsgm.training.distributed import World, all_mean
 
 __all__ = ["MeanMetrics", "RunLogger"]
+
+SILENCE = 20.0
+"""Seconds between two lines of an evaluation where there is no terminal."""
 
 
 class MeanMetrics:
@@ -131,17 +133,15 @@ class RunLogger:
         self._file.flush()
         return self._file.seek(0, 2)
 
-    def write(self, phase: str, step: int, values: Mapping[str, float | int | str]) -> None:
+    def write(self, phase: str, step: int, values: Mapping[str, float | int | str | None]) -> None:
         """Write a line of metrics.jsonl and, for numbers, TensorBoard scalars phase/name."""
         if self._file is None or self._writer is None:
             return
-        record: dict[str, Any] = {"phase": phase, "step": step, "time": round(time.time(), 3)}
+        record = {"phase": phase, "step": step, "time": round(time.time(), 3), **values}
         for name, value in values.items():
-            bad = isinstance(value, float) and not math.isfinite(value)
-            record[name] = None if bad else value  # NaN is no JSON
             if isinstance(value, (int, float)):
                 self._writer.add_scalar(f"{phase}/{name}", value, step)
-        self._file.write(json.dumps(record).encode() + b"\n")
+        self._file.write(json_text(record).encode() + b"\n")
         self._file.flush()
 
     def image(self, name: str, image: Tensor, step: int) -> None:
@@ -153,6 +153,29 @@ class RunLogger:
         """Move the progress bar."""
         if self._bar is not None:
             self._bar.update(steps)
+
+    @contextlib.contextmanager
+    def bar(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar below that of the run; without a terminal, a line now and then if it takes long."""
+        if not self.enabled:
+            yield lambda count: None
+            return
+        terminal = self.stream.isatty()
+        with tqdm(
+            total=total, desc=what, file=self.stream, leave=False, disable=not terminal,
+            dynamic_ncols=True,
+        ) as bar:  # fmt: skip
+            done, said = 0, time.monotonic()
+
+            def move(count: int) -> None:
+                nonlocal done, said
+                done += count
+                bar.update(count)
+                if not terminal and time.monotonic() - said >= SILENCE:
+                    said = time.monotonic()
+                    self.say(f"{what}: {done} of {total}")
+
+            yield move
 
     def progress(
         self, step: int, epoch: int, values: Mapping[str, float], seconds_per_step: float

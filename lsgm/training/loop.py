@@ -10,6 +10,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -60,9 +61,12 @@ class EvalContext:
         step: Optimizer steps done.
         epoch: Epochs done.
         total_steps: Optimizer steps of the run.
+        config: The settings of the run.
         run: The run's folder.
         world: The processes and this one's device.
         log_image: ``log_image(name, image (C, H, W) in [0, 1])`` shows an image in TensorBoard.
+        bar: ``bar(what, total)`` is a context in which the function that it gives moves a progress
+            bar by so many of the ``total``.
     """
 
     stage: Stage
@@ -70,9 +74,11 @@ class EvalContext:
     step: int
     epoch: int
     total_steps: int
+    config: TrainConfig
     run: RunFolder
     world: World
     log_image: Callable[[str, Tensor], None]
+    bar: Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclass(frozen=True)
@@ -88,10 +94,11 @@ class FitResult:
 
     state: TrainState
     train_seconds: float
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, float | None]
 
 
-Evaluate = Callable[[EvalContext], Mapping[str, float]]
+Evaluate = Callable[[EvalContext], Mapping[str, float | None]]
+DrawCurves = Callable[[RunFolder], None]
 
 
 def fit(
@@ -105,6 +112,7 @@ def fit(
     resume: bool = False,
     world: World | None = None,
     release: Callable[[TrainState], None] | None = None,
+    draw_curves: DrawCurves | None = None,
 ) -> FitResult:
     """Train a stage to the end.
 
@@ -115,11 +123,12 @@ def fit(
         optims: Optimizer of each side, by the names of ``stage.trainables()``.
         run: Folder that exists.
         evaluate: Called on every process every ``eval_every`` epochs and at the end; returns
-            numbers that are the same on every process.
+            numbers that are the same on every process, or None where one is not known.
         resume: Continue from the folder's last good checkpoint, if it has one.
         world: The processes, from :func:`lsgm.training.distributed.distributed`; by default this
             one alone.
         release: Called on the main process after the last checkpoint.
+        draw_curves: Called on the main process after every evaluation is in the log.
 
     Raises:
         TrainingInterrupted: After Ctrl-C or SIGTERM, with a checkpoint saved.
@@ -128,7 +137,7 @@ def fit(
         OSError: If a file cannot be written.
     """
     world = World(choose_device(config.device)) if world is None else world
-    trainer = _Trainer(stage, batches, config, optims, run, world, evaluate)
+    trainer = _Trainer(stage, batches, config, optims, run, world, evaluate, draw_curves)
     try:
         with StopSignal() as stop:
             trainer.begin(resume)
@@ -155,6 +164,7 @@ class _Trainer:
         run: RunFolder,
         world: World,
         evaluate: Evaluate | None,
+        draw_curves: DrawCurves | None,
     ) -> None:
         if config.batch_size % (world.size * config.accumulate):
             raise UserError(
@@ -170,6 +180,7 @@ class _Trainer:
         self.run = run
         self.world = world
         self.evaluate = evaluate
+        self.draw_curves = draw_curves
         layout = torch.channels_last if config.channels_last else torch.preserve_format
         self.stage = stage.to(world.device).train()
         stage.to(memory_format=layout)  # type: ignore[call-overload]
@@ -196,7 +207,7 @@ class _Trainer:
         self.rates: Mapping[str, float] = {}
         self.skipped_in_a_row = 0
         self.save_due = False
-        self.last_evaluation: Mapping[str, float] = {}
+        self.last_evaluation: Mapping[str, float | None] = {}
         self.clock: float | None = None
         self.steps_since_log = 0
         self.seconds_since_log = 0.0
@@ -348,7 +359,8 @@ class _Trainer:
         if self.state.scaler.is_enabled():
             values["loss_scale"] = self.state.scaler.get_scale()
         self.logger.write("train", counters.step, values)
-        shown = {"loss": means.get("loss", float("nan")), "images/s": speed}
+        shown = {name: means.get(name, float("nan")) for name in self.stage.headline}
+        shown["images/s"] = speed
         self.logger.progress(counters.step, int(epoch), shown, seconds_per_step)
         self.means.reset()
         self.steps_since_log, self.seconds_since_log = 0, 0.0
@@ -370,21 +382,30 @@ class _Trainer:
             step=step,
             epoch=step // self.batches.steps_per_epoch,
             total_steps=self.total_steps,
+            config=self.config,
             run=self.run,
             world=self.world,
             log_image=lambda name, image: self.logger.image(name, image, step),
+            bar=self.logger.bar,
         )
+        start = time.perf_counter()
         with torch.no_grad():
             results = dict(self.evaluate(context))
+        cost = time.perf_counter() - start
         self.stage.train()
         self.state.counters.evaluated = step
         self.last_evaluation = results
         seconds = self.state.counters.train_seconds
-        self.logger.write(
-            "eval", step, {"epoch": context.epoch, "train_seconds": seconds, **results}
+        clocks = {"train_seconds": seconds, "eval_seconds": cost}
+        self.logger.write("eval", step, {"epoch": context.epoch, **clocks, **results})
+        shown = "  ".join(
+            f"{name} {'n/a' if value is None else f'{value:.5g}'}"
+            for name, value in results.items()
         )
-        shown = "  ".join(f"{name} {value:.5g}" for name, value in results.items())
-        self.logger.say(f"evaluation at step {step}: {shown}")
+        self.logger.say(f"evaluation at step {step}: {shown}  ({cost:.1f} s)")
+        if self.draw_curves is not None:
+            draw = self.draw_curves
+            on_main(self.world, lambda: draw(self.run))
         self.start_clock()
 
     # Time

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lsgm.config import DataConfig, LSGMTrainConfig, PriorConfig, TrainConfig, VAETrainConfig
-from lsgm.data import Batches, Datasets, preprocess
+from lsgm.config import DataConfig, LSGMTrainConfig, PriorConfig, VAETrainConfig
+from lsgm.data import Batches, Datasets, fitting_batch_size, preprocess
 from lsgm.errors import UserError
-from lsgm.evaluation.figures import (
-    image_grid,
-    learning_curves,
-    read_metrics,
-    reconstruction_grid,
-    save_grid,
-)
-from lsgm.evaluation.nll import evaluation_batches, nelbo
+from lsgm.evaluation.figures import learning_curves, read_metrics
 from lsgm.files import RunFolder
 from lsgm.models import LSGM, VAEModel, build_prior, build_vae, load, save
-from lsgm.options import SolverOptions
-from lsgm.sampling import draw_samples
 from lsgm.sde import largest_squared_distance
-from lsgm.training.distributed import World, distributed, on_main
+from lsgm.training.distributed import World, distributed
+from lsgm.training.evaluation import evaluate_vae
 from lsgm.training.launch import fit_run, open_run
 from lsgm.training.loop import EvalContext
 from lsgm.training.stages import LSGMStage, VAEStage
@@ -33,9 +25,6 @@ from lsgm.training.state import Stage, TrainState
 from vae.objective import active_channels, kl_per_channel
 
 __all__ = ["train_lsgm", "train_vae"]
-
-MONITOR = SolverOptions(batch_size=64)
-"""How sample grids are drawn during training."""
 
 MAX_SCAN_BATCHES = 1001
 """Training batches that the search for inactive latent channels reads at most."""
@@ -47,7 +36,7 @@ def train_vae(config: VAETrainConfig, out: str | None = None, *, resume: bool = 
     Raises:
         UserError: The configuration does not fit the data, or the folder holds another run.
     """
-    with distributed(config.train.device) as world:
+    with distributed(config.train.device, config.train.timeout_minutes) as world:
         run, datasets = open_run(config, config.data, out, resume, world)
         torch.manual_seed(config.train.seed)
         model = VAEModel(build_vae(config.vae, datasets.spec), datasets.spec, config.vae)
@@ -76,7 +65,7 @@ def train_lsgm(config: LSGMTrainConfig, out: str | None = None, *, resume: bool 
     """
     if config.data is None or (config.vae_run or config.lsgm_run) is None:
         raise UserError("--vae: give the folder of a finished VAE run, for example --vae runs/vae")
-    with distributed(config.train.device) as world:
+    with distributed(config.train.device, config.train.timeout_minutes) as world:
         first = _first_stage(config)
         run, datasets = open_run(config, config.data, out, resume, world)
         if not _same_images(first, datasets):
@@ -172,14 +161,30 @@ def _fit(
     resume: bool,
     world: World,
 ) -> None:
-    def evaluate(context: EvalContext) -> Mapping[str, float]:
+    def evaluate(context: EvalContext) -> Mapping[str, float | None]:
         averaged = with_weights(model, context.models)
-        return on_main(world, lambda: _evaluate(averaged, datasets, data, config.train, context))
+        return evaluate_vae(averaged, datasets, data, context)
 
     def release(state: TrainState) -> None:
         save(with_weights(model, state.evaluation_models()), run.path, data, {"steps": state.step})
 
-    fit_run(stage, datasets, config, optims, run, resume, world, evaluate=evaluate, release=release)
+    def draw_curves(run: RunFolder) -> None:
+        lines = {run.path.name: read_metrics(run.metrics)}
+        num_dims = None if model.spec.binary else model.spec.num_dims
+        learning_curves(lines, run.path / "curves.png", num_dims=num_dims)
+
+    fit_run(
+        stage,
+        datasets,
+        config,
+        optims,
+        run,
+        resume,
+        world,
+        evaluate=evaluate,
+        release=release,
+        draw_curves=draw_curves,
+    )
 
 
 def with_weights(model: VAEModel, sides: Mapping[str, torch.nn.Module]) -> VAEModel:
@@ -194,43 +199,6 @@ def with_weights(model: VAEModel, sides: Mapping[str, torch.nn.Module]) -> VAEMo
     return averaged.eval()
 
 
-def _evaluate(
-    model: VAEModel, datasets: Datasets, data: DataConfig, train: TrainConfig, context: EvalContext
-) -> dict[str, float]:
-    """NELBO on test images; writes sample and reconstruction grids and the learning curve."""
-    batches: Callable[..., Any] = evaluation_batches
-    settings = {
-        "num_bits": model.vae_config.num_x_bits,
-        "binarisation_seed": data.eval_binarisation_seed,
-        "device": context.world.device,
-    }
-    report = nelbo(
-        model,
-        batches(datasets.test, model.spec, limit=train.eval_images, **settings),
-        seed=train.seed,
-    )
-    samples = draw_samples(model, MONITOR.batch_size, MONITOR).images
-    x = next(batches(datasets.test, model.spec, batch_size=32, **settings))
-    reconstructed = model.reconstruct(x, torch.Generator().manual_seed(train.seed)).cpu()
-    grids = {
-        "samples": image_grid(samples),
-        "reconstructions": reconstruction_grid(model.to_images(x), reconstructed),
-    }
-    for name, grid in grids.items():
-        context.log_image(name, grid)
-        save_grid(grid, context.run.samples / f"{name}_{context.step:08d}.png")
-    learning_curves(
-        {context.run.path.name: read_metrics(context.run.metrics)}, context.run.path / "curves.png"
-    )
-    assert report.reconstruction is not None and report.kl is not None
-    return {
-        "nelbo": report.nats.mean,
-        "nelbo_standard_error": report.nats.standard_error or 0.0,
-        "reconstruction": report.reconstruction.mean,
-        "kl": report.kl.mean,
-    }
-
-
 @torch.no_grad()
 def _inactive_channels(model: LSGM, datasets: Datasets, batch_size: int) -> torch.Tensor:
     """Channels of the coarsest scale whose KL to N(0, 1), averaged over training images, is at most
@@ -238,7 +206,8 @@ def _inactive_channels(model: LSGM, datasets: Datasets, batch_size: int) -> torc
     """
     model.eval()
     rng = torch.Generator().manual_seed(0)
-    batches = Batches(datasets.train, batch_size, train=True)
+    size = fitting_batch_size(batch_size, len(datasets.train))
+    batches = Batches(datasets.train, size, train=True)
     total = torch.zeros(model.vae.top_shape[0], dtype=torch.float64)
     count = 0
     for _, images in batches.epoch():
@@ -262,7 +231,8 @@ def _fit_sde(
     if prior.sde.kind != "vesde":
         return prior
     rng = torch.Generator().manual_seed(0)
-    batches = Batches(datasets.train, batch_size, train=True)
+    size = fitting_batch_size(batch_size, len(datasets.train))
+    batches = Batches(datasets.train, size, train=True)
     latents = (
         model.vae.concat_top(
             model.vae.encode(

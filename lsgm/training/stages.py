@@ -24,7 +24,7 @@ from lsgm.tensors import sum_except_batch
 from lsgm.times import TimeProposal, make_proposal
 from lsgm.training.state import Stage, StepContext, StepOutput
 from lsgm.weighting import Weighting, make_weighting
-from vae.objective import kl_balance_weights, kl_coefficient, kl_per_group
+from vae.objective import bits_per_dim, kl_balance_weights, kl_coefficient, kl_per_group
 from vae.regularization import SpectralNormRegularizer, norm_regularizer
 
 __all__ = ["LSGMStage", "VAEStage", "score_convolutions"]
@@ -39,6 +39,7 @@ class VAEStage(Stage):
         super().__init__()
         self.model = model
         self.objective = objective
+        self.headline = _headline(model)
         self.regularizers = (
             {"spectral": SpectralNormRegularizer(model.vae)}
             if objective.spectral_regularization
@@ -93,6 +94,7 @@ class VAEStage(Stage):
             penalty = self.regularizers["spectral"]() + norm_regularizer(model.vae)
             loss = loss + self.objective.spectral_regularization * penalty
             metrics["regularizer"] = penalty
+        metrics |= _bits(metrics["nelbo"], model)
         return StepOutput(loss=loss, metrics={k: v.detach() for k, v in metrics.items()})
 
 
@@ -109,6 +111,16 @@ def score_convolutions(score: nn.Module) -> dict[str, nn.Conv2d]:
         for name, layer in score.named_modules()
         if isinstance(layer, nn.Conv2d) and id(layer) not in filtered
     }
+
+
+def _headline(model: VAEModel) -> tuple[str, ...]:
+    return ("nelbo",) if model.spec.binary else ("nelbo", "bits_per_dim")
+
+
+def _bits(nelbo: Tensor, model: VAEModel) -> dict[str, Tensor]:
+    """Of grey and colour data, the NELBO (nats an image) as bits/dim."""
+    spec = model.spec
+    return {} if spec.binary else {"bits_per_dim": bits_per_dim(nelbo, spec.num_dims)}
 
 
 def _charge(kl: Tensor, free_bits: float) -> Tensor:
@@ -138,6 +150,7 @@ class LSGMStage(Stage):
         super().__init__()
         self.model = model
         self.objective = objective
+        self.headline = _headline(model)
         self.training_kind = prior.training
         self.stratified = prior.stratified_times
         self.likelihood = make_weighting("likelihood")
@@ -273,6 +286,7 @@ class LSGMStage(Stage):
             "mixing": model.score.mixing.mean(),
             **{f"kl_group/{k}": value for k, value in enumerate(kl.mean(0))},
         }
+        metrics |= _bits(metrics["nelbo"], model)
         return StepOutput(loss=loss, metrics={k: v.detach() for k, v in metrics.items()})
 
     def _per_group(self, elements: Tensor) -> Tensor:

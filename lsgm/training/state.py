@@ -64,6 +64,9 @@ class Stage(nn.Module, ABC):
     One backward pass of the one loss gives every side its right gradient; the stage arranges that.
     """
 
+    headline: tuple[str, ...] = ("loss",)
+    """Names of the metrics that a line of progress shows."""
+
     find_unused_parameters: bool = False
     """Whether some steps' loss leaves out some parameters (costs time with several processes)."""
 

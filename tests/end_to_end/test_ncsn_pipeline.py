@@ -181,7 +181,6 @@ def test_likelihood_of_test_images(trained):
         (("--sampler.solver", "nonsense"), ("sampler", "unknown solver", "nonsense")),
         (("--kind", "score_sde", "--score.ncsnpp.num_scales", "6"), ("score.ncsnpp", "halved")),
         (("--score.ladder.sigma_min", "3"), ("sigma_min", "below sigma_max")),
-        (("--train.batch_size", "5000"), ("train.batch_size",)),
     ],
 )
 def test_mistakes_are_one_line(arguments, parts, tmp_path):

@@ -29,7 +29,7 @@ STEPS = 14
 STEPS_PER_EPOCH = 11  # 1,438 images in batches of 128: the run ends in its second epoch
 LAST_CHECKPOINT = f"step_{STEPS:08d}.pt"
 CANNOT_MOUNT = 77
-CLOCKS = ("time", "train_seconds", "images_per_second")
+CLOCKS = ("time", "train_seconds", "eval_seconds", "images_per_second")
 
 TRAIN = f"""
 train:
