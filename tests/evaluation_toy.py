@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ from lsgm.data import ArrayDataset, Datasets, DataSpec
 from lsgm.datasgm import build_data_model
 from lsgm.files import RunFolder
 from lsgm.models import LSGM, VAEModel, build_prior, build_vae
+from lsgm.training import evaluation
 from lsgm.training.distributed import World, distributed, on_main
 from lsgm.training.evaluation import evaluate_classifier, evaluate_score_model, evaluate_vae
 from lsgm.training.loop import EvalContext
@@ -113,7 +115,7 @@ def evaluate_all(world: World, out: Path) -> dict[str, object]:
     data, place, seen = datasets(), context(world, out), []
     model, first = lsgm_model(), vae()
     first.vae.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    with torch.no_grad():
+    with torch.no_grad(), mock.patch.object(evaluation, "SAMPLES", 10):
         return {
             "vae": evaluate_vae(first, data, DataConfig(), place),
             "images": sum(seen),

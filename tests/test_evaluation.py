@@ -41,7 +41,8 @@ from lsgm.config import (
     TrainConfig,
     VAETrainConfig,
 )
-from lsgm.data import ArrayDataset, Batches, random_subset
+from lsgm.data import ArrayDataset, Batches, fitting_batch_size, random_subset
+from lsgm.errors import UserError
 from lsgm.evaluation.data_nll import data_ode_bound
 from lsgm.evaluation.decomposition import bound_curves, decompose
 from lsgm.evaluation.figures import decomposition_plot, learning_curves
@@ -60,6 +61,7 @@ from lsgm.times import UniformTimes
 from lsgm.training import evaluation, logging, runs
 from lsgm.training.distributed import World
 from lsgm.training.evaluation import evaluate_vae
+from lsgm.training.launch import _fitted
 from lsgm.training.logging import RunLogger
 from vae.random import RowGenerators
 
@@ -246,6 +248,16 @@ def test_long_evaluations_say_where_they_are(tmp_path, monkeypatch):
     with RunLogger(RunFolder(tmp_path), 10, enabled=False, stream=stream).bar("x", 6) as done:
         done(6)
     assert stream.getvalue() == ""
+
+
+def test_a_batch_is_as_large_as_the_data_at_most(capsys):
+    assert [fitting_batch_size(b, 10, 4) for b in (4, 8, 12, 64)] == [4, 8, 8, 8]
+    train = TrainConfig(batch_size=64, accumulate=4)
+    assert _fitted(train, 10, ALONE) == replace(train, batch_size=8)
+    assert "64 is more than the 10 training images; taking 8" in capsys.readouterr().out
+    assert _fitted(train, 64, ALONE) == train and capsys.readouterr().out == ""
+    with pytest.raises(UserError, match=r"3 training images are too few for .*accumulate 4"):
+        _fitted(train, 3, ALONE)
 
 
 # What it says
