@@ -1,15 +1,10 @@
-"""Evaluations of small untrained models, on one process or, as a script, on several.
-
-The script takes the folder of its results and waits there for the other processes before it joins
-them, so that its short timeout measures the waiting of the evaluation alone.
-"""
+"""Evaluations of small untrained models, on one process or, by :func:`join`, on several."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -126,19 +121,17 @@ def evaluate_all(world: World, out: Path) -> dict[str, object]:
         }
 
 
-def main(out: Path) -> None:
+def join(out: Path, environment: dict[str, str]) -> None:
+    """Be one of the processes, once all are there, and write what this one finds."""
     torch.set_num_threads(1)
-    rank, size = os.environ["RANK"], int(os.environ["WORLD_SIZE"])
+    os.environ.update(environment)
+    rank, size = environment["RANK"], int(environment["WORLD_SIZE"])
     (out / f"ready{rank}").touch()
     while len(list(out.glob("ready*"))) < size:
         time.sleep(0.01)
-    # Wait much less in a training step than on the main process.
+    # Wait much less in a training step than for the main process.
     with distributed("cpu", timeout_minutes=3 / 60) as world:
-        waited = on_main(world, lambda: time.sleep(4.5) or "done")
+        waited = on_main(world, lambda: time.sleep(4) or "done")
         assert waited == "done"
         found = evaluate_all(world, out)
     (out / f"rank{rank}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -6,8 +6,7 @@ import ast
 import io
 import json
 import math
-import subprocess
-import sys
+import multiprocessing
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -22,13 +21,14 @@ from evaluation_toy import (
     context,
     datasets,
     evaluate_all,
+    join,
     lsgm_model,
     score_model,
     vae,
 )
 from linear_gaussian import linear_gaussian_lsgm
 from PIL import Image
-from test_training_distributed import free_port, toy_environment
+from test_training_distributed import free_port
 
 import lsgm
 from lsgm import data_likelihood
@@ -65,7 +65,6 @@ from lsgm.training.launch import _fitted
 from lsgm.training.logging import RunLogger
 from vae.random import RowGenerators
 
-TOY = Path(__file__).parent / "evaluation_toy.py"
 ALONE = World(torch.device("cpu"))
 
 # Which images
@@ -185,18 +184,19 @@ def test_processes_share_the_evaluation_and_find_what_one_finds(tmp_path):
     out = tmp_path / "two"
     out.mkdir()
     common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["evaluation_toy"])
     processes = [
-        subprocess.Popen(
-            [sys.executable, str(TOY), str(out)],
-            env=toy_environment() | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
+        server.Process(target=join, args=(out, common | {"RANK": rank, "LOCAL_RANK": rank}))
+        for rank in ("0", "1")
     ]
+    for process in processes:
+        process.start()
     one = evaluate_all(ALONE, tmp_path / "one")
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    for process in processes:
+        process.join(300)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
     two = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(size)]
     assert one.pop("batch") == 8 and [found.pop("batch") for found in two] == [4, 4]
     shown = evaluation.RECONSTRUCTIONS

@@ -21,10 +21,6 @@ def free_port():
         return s.getsockname()[1]
 
 
-def toy_environment():
-    return os.environ | {"PYTHONPATH": str(TOY.parent.parent), "OMP_NUM_THREADS": "1"}
-
-
 def _run_two(*arguments):
     port = str(free_port())
     processes = [
@@ -33,8 +29,10 @@ def _run_two(*arguments):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=toy_environment()
+            env=os.environ
             | {
+                "PYTHONPATH": str(TOY.parent.parent),
+                "OMP_NUM_THREADS": "1",
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": "2",
