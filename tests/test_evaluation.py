@@ -323,6 +323,7 @@ def test_a_run_on_few_colour_images_says_what_its_user_understands(tmp_path, cap
     for record in log:
         nats = record["bits_per_dim"] * 192 * math.log(2)
         assert record["nelbo"] == pytest.approx(nats, rel=1e-5)
+    assert all("loss" not in record for record in log) and "surrogate" in log[0]
     evaluated = [record for record in log if record["phase"] == "eval"]
     assert [r["step"] for r in evaluated] == [2, 3] and all(
         r["eval_seconds"] > 0 for r in evaluated

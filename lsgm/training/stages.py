@@ -146,6 +146,8 @@ class LSGMStage(Stage):
         UserError: A time proposal and weighting that the SDE does not allow.
     """
 
+    loss_name = "surrogate"  # right gradients for each side, no meaning as a number
+
     def __init__(self, model: LSGM, objective: ObjectiveConfig, prior: PriorConfig) -> None:
         super().__init__()
         self.model = model

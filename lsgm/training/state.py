@@ -67,6 +67,9 @@ class Stage(nn.Module, ABC):
     headline: tuple[str, ...] = ("loss",)
     """Names of the metrics that a line of progress shows."""
 
+    loss_name: str = "loss"
+    """What the log calls the loss."""
+
     find_unused_parameters: bool = False
     """Whether some steps' loss leaves out some parameters (costs time with several processes)."""
 

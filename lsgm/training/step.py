@@ -98,7 +98,8 @@ class Step:
         if applied:
             state.stage.after_step(state.step)
         gradients = {f"grad_norm/{name}": norm for name, norm in norms.items()}
-        metrics = (*({"loss": o.loss, **o.metrics} for o in outputs), gradients)
+        name = state.stage.loss_name
+        metrics = (*({name: o.loss, **o.metrics} for o in outputs), gradients)
         return StepResult(applied, stop_anywhere, rates, metrics)
 
     def _to_device(self, x: Tensor) -> Tensor:
