@@ -17,11 +17,13 @@ from torch import Tensor
 
 from lsgm.conditioning import ProjectionInpainting, mask_projector
 from lsgm.protocols import DiffusionModel, GroupedModel
-from lsgm.solvers import EpsFn, Solver
+from lsgm.solvers import Callback, EpsFn, Solver
 from vae.random import Rng, randn
 
 __all__ = [
+    "Closure",
     "Code",
+    "close_round_trip",
     "decode",
     "draw_code",
     "encode",
@@ -42,6 +44,19 @@ class Code:
 
     noise: Tensor
     finer: tuple[Tensor, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.noise)
+
+    def rows(self, index: Tensor | slice) -> Code:
+        """The codes of some of the images."""
+        return Code(self.noise[index], tuple(z[index] for z in self.finer))
+
+    @staticmethod
+    def cat(codes: Sequence[Code]) -> Code:
+        """The codes of all images, one batch after another."""
+        finer = zip(*(code.finer for code in codes), strict=True)
+        return Code(torch.cat([c.noise for c in codes]), tuple(torch.cat(z) for z in finer))
 
     def scaled(self, temperature: float) -> Code:
         """The code times ``temperature``: below 1 the images move towards the model's mean."""
@@ -64,6 +79,7 @@ def encode(
     *,
     mean: bool = True,
     score: EpsFn | None = None,
+    callback: Callback | None = None,
 ) -> Code:
     """The code of images.
 
@@ -75,6 +91,7 @@ def encode(
         rng: Source of the posterior's noise, if ``mean`` is false.
         mean: Take the posterior's means rather than a draw.
         score: A noise prediction to use instead of the model's.
+        callback: Told after every step.
 
     Raises:
         ValueError: The solver is stochastic, so that its map has no inverse.
@@ -82,7 +99,9 @@ def encode(
     if solver.stochastic:
         raise ValueError("encoding needs a deterministic solver")
     state, finer = model.encode_state(x, rng, mean=mean)
-    solution = solver.solve(model.sde, score or model.score, state.float(), times.flip(0))
+    solution = solver.solve(
+        model.sde, score or model.score, state.float(), times.flip(0), callback=callback
+    )
     return Code(solution.x, tuple(finer))
 
 
@@ -93,10 +112,40 @@ def decode(
     solver: Solver,
     times: Tensor,
     score: EpsFn | None = None,
+    callback: Callback | None = None,
 ) -> Tensor:
     """Images ``(B, C, H, W)`` in [0, 1] from codes, through the flow; ``times`` decrease."""
-    solution = solver.solve(model.sde, score or model.score, code.noise, times)
+    solution = solver.solve(model.sde, score or model.score, code.noise, times, callback=callback)
     return model.decode_state(solution.x, list(code.finer))
+
+
+@dataclass(frozen=True)
+class Closure:
+    """A state, and what the flow makes of it on the way to noise and back.
+
+    Attributes:
+        state, back: ``(B, *state_shape)``; an exact inverse would make them equal.
+        finer: The latents outside the flow, as :class:`Code` has them.
+    """
+
+    state: Tensor
+    back: Tensor
+    finer: tuple[Tensor, ...]
+
+
+def close_round_trip(
+    model: DiffusionModel,
+    x: Tensor,
+    solver: Solver,
+    times: Tensor,
+    callback: Callback | None = None,
+) -> Closure:
+    """The states of images ``x (B, C, R, R)`` in [-1, 1] and those decoded from their codes."""
+    with torch.no_grad():
+        state, _ = model.encode_state(x, mean=True)
+    code = encode(model, x, solver, times, callback=callback)
+    back = solver.solve(model.sde, model.score, code.noise, times, callback=callback).x
+    return Closure(state, back, code.finer)
 
 
 def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:

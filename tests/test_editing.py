@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ import lsgm
 from lsgm.classifier import build_classifier
 from lsgm.config import DataConfig, PriorConfig, PriorNetworkConfig, VAEConfig
 from lsgm.config_data import ClassifierConfig, SamplerConfig, ScoreModelConfig
-from lsgm.data import build_datasets
+from lsgm.data import build_datasets, preprocess
 from lsgm.datasgm import build_data_model
-from lsgm.editing import colourise, edit_command, inpaint, make_mask, state_mask
+from lsgm.editing import colourise, edit_command, inpaint
 from lsgm.errors import UserError
+from lsgm.latents import close_round_trip
+from lsgm.masks import make_mask, state_mask
 from lsgm.models import LSGM, build_prior, build_vae
 from lsgm.release import save
 from lsgm.solvers import make_grid, make_solver
@@ -244,3 +247,38 @@ def test_files_need_no_data_set(runs, tmp_path, monkeypatch, run):
         assert np.array_equal(tiles(out, 3)[0, 0], np.asarray(Image.open(path)))
     with pytest.raises(UserError, match="the data set is not there"):
         edit(runs, "inpaint", run, out, "--index", "0", *FAST)
+
+
+def test_interpolations_are_decoded_in_batches_of_fixed_steps(runs, tmp_path, monkeypatch, capsys):
+    """As many network calls as one image costs for each batch, and the images of one by one."""
+    model, calls, out = lsgm.load(runs / "grey"), [], tmp_path / "x.png"
+    model.score.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+    monkeypatch.setattr("lsgm.editing.load", lambda *_: model)
+    ends = ["--steps", "3", "--index", "0", "1", "2", "--device", "cpu", "--nfe", "4"]
+    edit(runs, "interpolate", "grey", out, *ends)
+    assert calls == [3] * 4 + [6] * 4
+    together = tiles(out, 3)
+    said = capsys.readouterr().out
+    assert "encoding 3 images, 3 at a time" in said and "decoding 6 images, 6 at a time" in said
+    edit(runs, "interpolate", "grey", out, *ends, "--batch_size", "1")
+    assert np.abs(tiles(out, 3).astype(int) - together).max() <= 1
+
+
+def test_reconstructions_print_the_closure_that_was_measured(runs, tmp_path, capsys):
+    flow = ["--device", "cpu", "--solver", "heun", "--batch_size", "2"]
+    errors = []
+    for nfe in ("4", "40"):
+        edit(runs, "reconstruct", "lsgm", tmp_path / "x.png", *flow, "--nfe", nfe)
+        closure = re.search(
+            r"closure of the flow: (\S+) of (\S+) in the state", capsys.readouterr().out
+        )
+        errors.append([float(value) for value in closure.groups()])
+    model = lsgm.load(runs / "lsgm")
+    images = build_datasets(DataConfig("digits")).test.batch(torch.arange(4))
+    x = preprocess(images, model.spec, 8, torch.Generator().manual_seed(0))
+    times = make_grid(make_solver("heun").default_grid, model.sde, 2, 1e-3)
+    found = close_round_trip(model, x, make_solver("heun"), times)
+    off = (found.back - found.state).square().mean().sqrt().item()
+    assert errors[0][0] == pytest.approx(off, rel=0.01)
+    assert errors[0][1] == pytest.approx(found.state.square().mean().sqrt().item(), rel=0.01)
+    assert errors[1][0] < errors[0][0] / 20  # second order: a hundredth
