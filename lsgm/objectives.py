@@ -329,8 +329,8 @@ def prior_losses(
         )
     elif trains_encoder:
         assert not callable(balance)
-        share = 1.0 if balance_prior else balance  # the prior's loss has the factor already
-        source = scale_gradient(z0, share * weight_q / weight(weighting_p, times))
+        scale = 1.0 if balance_prior else balance  # the prior's loss has the factor already
+        source = scale_gradient(z0, scale * weight_q / weight(weighting_p, times))
         _, error = denoising_score_matching(sde, eps_fn, source, t, eps)
     else:
         with torch.set_grad_enabled(shared and torch.is_grad_enabled()):

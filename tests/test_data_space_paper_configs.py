@@ -6,6 +6,7 @@ appendix H and the released configurations, whose noise levels are for images in
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lsgm.config_data import NCSNTrainConfig
@@ -140,6 +142,13 @@ def check_training(name: str, batch: int, iterations: int, lr: float, ema: float
     assert (optim.optimizer, optim.lr, optim.lr_min, optim.eps) == ("adam", lr, lr, 1e-8)
     assert (optim.schedule, optim.weight_decay, optim.ema_decay) == ("constant", 0, ema)
     assert config.data.flip == (not name.startswith("mnist"))
+    # Times and levels are drawn independently, and the average has a warm-up in score-SDE alone.
+    assert not config.objective.stratified_times
+    assert optim.ema_warmup == (config.kind == "score_sde") and optim.betas == (0.9, 0.999)
+    assert train.release == "last"
+    written = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    keys = {field.name for field in dataclasses.fields(optim)} - {"impl"}
+    assert keys == written["optim"].keys() and "stratified_times" in written["objective"]
     assert config.objective.estimator == "dsm" and config.objective.weighting == "unweighted"
     assert config.score.data_range == "symmetric"
     # the scale of the published loss, which clipping and Adam's eps see: reduce_mean in the VP and

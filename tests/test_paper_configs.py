@@ -5,14 +5,17 @@ Expected numbers: arXiv 2106.05931, Table 7 / App. G, and the released configura
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from lsgm.config import LSGMTrainConfig, VAETrainConfig
+from lsgm.config import LSGMTrainConfig, TrainConfig, VAETrainConfig
 from lsgm.configio import load_config
 from lsgm.data.spec import DataSpec
 from lsgm.models import build_prior, build_vae
@@ -173,6 +176,51 @@ def test_first_stage(name: str) -> None:
     assert optim.warmup_steps == 5 * steps_per_epoch(name, expected.batch)
     assert (optim.optimizer, optim.lr, optim.lr_min, optim.eps) == ("adamax", 1e-2, 1e-4, 1e-3)
     assert (optim.schedule, optim.clip_norm, optim.ema_decay) == ("published", 0, 0)
+    check_published(name, {"objective": config.objective, "optim_vae": config.optim_vae})
+    check_release(config.train, best=True)
+
+
+OPTIM = {"betas": (0.9, 0.999), "weight_decay": 3e-4, "clip_norm": 0.0, "ema_warmup": False}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "objective": {"kl_balance_sync": False, "free_bits": 0.0},
+    "optim_vae": OPTIM,
+    "optim_prior": OPTIM,
+    "prior": {
+        "mixed": True,
+        "predict": "noise",
+        "kl_scales_prior": True,
+        "frozen_statistics": "batch",
+        "inactive_mask": "training",
+        "q_ema_dropout": True,
+        "control_variate": False,
+        "stratified_times": False,
+    },
+}
+"""What is the same in all published runs of LSGM, and where our own default is mostly another."""
+
+OTHER_SOFTWARE = {"impl"}
+"""Keys that choose an implementation of the same mathematics: they may stay at their default."""
+
+
+def check_published(name: str, sections: dict[str, Any]) -> None:
+    """The sections have the published values, and the file says all of theirs itself: a default
+    may be ours, and a new option has to be decided on for every configuration of the paper.
+    """
+    written = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    for section, config in sections.items():
+        values = {key: getattr(config, key) for key in PUBLISHED[section]}
+        assert values == PUBLISHED[section]
+        names = {field.name for field in dataclasses.fields(config)} - OTHER_SOFTWARE
+        assert names - written[section].keys() == set(), f"{name}.yaml: {section}"
+    assert "release" in written["train"]
+
+
+def check_release(train: TrainConfig, *, best: bool) -> None:
+    """The best evaluation is one of all test images, about forty times in a run."""
+    assert train.release == ("best" if best else "last")
+    if best:
+        assert train.eval_images >= 3000
+    assert train.eval_every == max(train.epochs // 40, 1)
 
 
 @pytest.mark.parametrize("name", SECOND)
@@ -203,9 +251,31 @@ def test_second_stage(name: str) -> None:
     assert optim.warmup_steps == warmup
     assert (optim.lr, optim.eps, optim.ema_decay) == (optim.lr_min, 1e-4, 0.9999)
     assert optim.schedule == "published"
+    sections: dict[str, Any] = {"prior": prior, "optim_prior": optim}
     if prior.training != "frozen":
         assert config.optim_vae.warmup_steps == warmup
         assert config.optim_vae.schedule == "published"
+        sections |= {"objective": config.objective, "optim_vae": config.optim_vae}
+    check_published(name, sections)
+    # The others are released at their best FID, which training does not measure.
+    check_release(config.train, best=prior.weighting_p == "likelihood")
+    assert prior.update_q_ema == (name == "celebahq256/lsgm_qualitative")
+
+
+@pytest.mark.parametrize("section", ["prior", "optim_prior", "objective"])
+def test_a_key_that_a_configuration_leaves_to_its_default_is_noticed(
+    section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a new option, whose default is ours, is decided on for the paper's configurations."""
+    path = CONFIGS / "mnist/lsgm.yaml"
+    config = load_config(LSGMTrainConfig, path)
+    monkeypatch.setitem(globals(), "CONFIGS", tmp_path)
+    for key in yaml.safe_load(path.read_text())[section].keys() - PUBLISHED[section].keys():
+        written = yaml.safe_load(path.read_text())
+        del written[section][key]
+        (tmp_path / "less.yaml").write_text(yaml.safe_dump(written))
+        with pytest.raises(AssertionError, match=section):
+            check_published("less", {section: getattr(config, section)})
 
 
 def test_every_configuration_of_the_paper_is_checked() -> None:

@@ -103,6 +103,22 @@ def test_a_warm_up_forgets_the_first_weights(warmup, share):
     assert ema.module.weight.item() == pytest.approx(share, rel=1e-4)
 
 
+def test_without_warm_up_the_average_is_the_published_weighted_sum():
+    """Created after the first step: ``d^(n-1) p_1 + (1 - d) sum_(k=2..n) d^(n-k) p_k``."""
+    decay, steps = 0.9999, 50
+    module = nn.Linear(3, 2).double()
+    ema, seen = EMA(module, decay, warmup=False), []
+    for _ in range(steps):
+        with torch.no_grad():
+            module.weight.add_(torch.randn_like(module.weight))
+        ema.update(module)
+        seen.append(module.weight.detach().clone())
+    shares = [decay ** (steps - 1)] + [(1 - decay) * decay ** (steps - k) for k in range(2, 51)]
+    assert sum(shares) == pytest.approx(1.0, rel=1e-12)
+    exact = sum(share * p for share, p in zip(shares, seen, strict=True))
+    torch.testing.assert_close(ema.module.weight, exact, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
 def test_average_rejects_decays_outside_its_range(decay):
     with pytest.raises(ValueError, match="decay"):
