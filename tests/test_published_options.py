@@ -91,7 +91,7 @@ def test_the_prior_gets_the_gradient_of_the_vaes_loss_balance_included(
     def balance(weighted: Tensor) -> Tensor:
         return 0.7 * weighted.mean((0, 2, 3), keepdim=True)
 
-    reference = NormalReference.of(sde, likelihood) if control else None
+    reference = NormalReference.of(sde) if control else None
     losses = prior_losses(
         sde,
         score,
