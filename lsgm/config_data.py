@@ -133,9 +133,10 @@ class ScoreObjectiveConfig:
     weighting: Literal["likelihood", "unweighted", "reweighted", "rescaled"] = "unweighted"
     """score_sde: weight of the squared error of the noise over time. (ncsn: sigma^2 of the score,
     which is unweighted.)"""
-    proposal: Literal["uniform", "importance", "optimal", "weighted"] = "uniform"
+    proposal: Literal["uniform", "importance", "optimal", "mixture", "weighted"] = "uniform"
     """score_sde: training times: uniform; weighted: in proportion to the weight; importance and
-    optimal: less where data that are N(0, I) have no error, LSGM's choice (2106.05931)."""
+    optimal: less where data that are N(0, I) have no error, LSGM's choice (2106.05931); mixture:
+    mostly optimal, some weighted."""
     stratified_times: bool = True
     """Spread the times of a batch evenly over the proposal: less variance, same mean."""
     reduction: Literal["mean", "sum", "half_sum"] = "mean"

@@ -189,9 +189,10 @@ class PriorConfig:
     large."""
     weighting_p: Literal["likelihood", "unweighted", "reweighted", "rescaled"] = "likelihood"
     """Weighting of the prior's loss over time."""
-    proposal_p: Literal["uniform", "importance", "optimal"] = "importance"
-    """Training times for the prior's loss: uniform, the paper's, or numerically optimal."""
-    proposal_q: Literal["same", "uniform", "importance", "optimal"] = "same"
+    proposal_p: Literal["uniform", "importance", "optimal", "mixture"] = "importance"
+    """Training times for the prior's loss: uniform, the paper's, numerically optimal, or a mixture
+    of that with the weight itself, whose weights are bounded."""
+    proposal_q: Literal["same", "uniform", "importance", "optimal", "mixture"] = "same"
     """Times for the encoder's cross entropy (likelihood-weighted); same: the prior's draw."""
     training: Literal["joint", "disjoint", "frozen"] = "joint"
     """joint: VAE and prior in one step; disjoint: one after the other; frozen: the prior alone."""

@@ -64,13 +64,15 @@ class NELBO:
     """Negative evidence lower bound of a batch, in nats an image; every field ``(B,)``.
 
     ``reconstruction``: ``-log p(x | z)``; ``negative_entropy``: ``log q(z | x)``;
-    ``cross_entropy``: ``-log p(z)`` or an unbiased estimate of an upper bound of it. ``total`` is
-    their sum.
+    ``cross_entropy``: ``-log p(z)`` or an unbiased estimate of an upper bound of it; ``sampled``:
+    the part of the estimate that its drawn time decides (None: there is none). ``total`` is the sum
+    of the first three.
     """
 
     reconstruction: Tensor
     negative_entropy: Tensor
     cross_entropy: Tensor
+    sampled: Tensor | None = None
 
     @property
     def kl(self) -> Tensor:
@@ -227,25 +229,32 @@ class LSGM(VAEModel):
         """One-sample NELBO of ``x`` ``(B, C, R, R)`` in [-1, 1] under the score-based prior.
 
         The prior's cross-entropy is the variational bound of 2106.05931, eq. 8, at one time per
-        image drawn from ``proposal`` (the likelihood's importance sampler unless given), with both
-        ends of the integral accounted for (:func:`lsgm.objectives.endpoint_cross_entropy`): an
-        unbiased estimate of an upper bound on the negative log-likelihood.
+        image drawn from ``proposal`` (:meth:`evaluation_times` unless given), with both ends of the
+        integral accounted for (:func:`lsgm.objectives.endpoint_cross_entropy`): an unbiased
+        estimate of an upper bound on the negative log-likelihood.
         """
         output = self.vae(x, rng=rng)
         likelihood = make_weighting("likelihood")
-        proposal = proposal or make_proposal("importance", self.sde, likelihood)
+        proposal = proposal or self.evaluation_times()
         eps = output.posterior.eps
         top = self.vae.concat_top(eps).float()
         times = proposal.sample(len(x), rng, stratified=True, device=x.device)
         prior = latent_cross_entropy(
             self.sde, self.score, top, times, likelihood, rng, reference=self.reference
-        ).bound
+        )
         rest = [standard_normal_log_prob(e) for e in eps[self.vae.num_groups_per_scale :]]
         return NELBO(
             reconstruction=self.vae.reconstruction(output, x).double(),
             negative_entropy=_total(output.posterior.log_q),
-            cross_entropy=prior - (_total(rest) if rest else 0.0),
+            cross_entropy=prior.bound - (_total(rest) if rest else 0.0),
+            sampled=prior.sampled,
         )
+
+    def evaluation_times(self) -> TimeProposal:
+        """Times at which bounds are estimated: no draw has more than ten times the mean weight, so
+        that a prior far from N(0, I) gives no bound that is too low in most samples.
+        """
+        return make_proposal("mixture", self.sde, make_weighting("likelihood"))
 
     def sample_prior(
         self,

@@ -176,11 +176,13 @@ class CrossEntropy:
 
     ``elements``: ``(B, *shape)`` nats, the weighted squared error plus the constant per element
     (eq. 8 of 2106.05931); ``bound``: ``(B,)`` nats, the same integral with
-    :func:`endpoint_cross_entropy` in place of the constant.
+    :func:`endpoint_cross_entropy` in place of the constant; ``sampled``: ``(B,)`` nats, the part of
+    both that the drawn time decides (all of the integral but what a control variate knows).
     """
 
     elements: Tensor
     bound: Tensor
+    sampled: Tensor
 
 
 def latent_cross_entropy(
@@ -203,13 +205,15 @@ def latent_cross_entropy(
     _, error = denoising_score_matching(sde, eps_fn, z0, t, eps)
     weight = expand_like((likelihood(sde, times.t) * times.inverse_density).to(error), error)
     if reference is None:
-        weighted = weight * error
+        sampled = weighted = weight * error
     else:
-        weighted = weight * (error - reference.error(z0, t, eps)) + reference.expected(z0)
+        sampled = weight * (error - reference.error(z0, t, eps))
+        weighted = sampled + reference.expected(z0)
     constant = sde.cross_entropy_constant()
     return CrossEntropy(
         elements=weighted + constant,
         bound=sum_except_batch(weighted).double() + endpoint_cross_entropy(sde, z0),
+        sampled=sum_except_batch(sampled).double(),
     )
 
 

@@ -6,11 +6,12 @@ data distributed as N(0, I) and the optimal score, the error is ``l(t) = 1 - var
 variable, so ``p`` proportional to ``w(t) (1 - var(t) / total_var(t))`` has no variance at all, and
 LSGM's prior is close to that case (arXiv 2106.05931 section 3.3 and appendix B).
 
-Three names: ``"uniform"``; ``"importance"``, the paper's choice with its closed-form inverse where
+Four names: ``"uniform"``; ``"importance"``, the paper's choice with its closed-form inverse where
 there is one and the density above, inverted numerically, elsewhere; ``"optimal"``, always the
-density above. They differ for the sub-VP SDE alone, to which the paper's code gives the times of
-the VP SDE. Networks that predict the noise without a Normal component are better served by ``w(t)``
-alone (:func:`weighted_times`).
+density above; ``"mixture"``, that with a share of ``w(t)``, which bounds the weights. The second
+and third differ for the sub-VP SDE alone, to which the paper's code gives the times of the VP SDE.
+Networks that predict the noise without a Normal component are better served by ``w(t)`` alone
+(:func:`weighted_times`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from vae.random import Rng, RowGenerators, ShardedGenerator, rand
 
 __all__ = [
     "CLOCKS",
+    "DEFENSIVE_SHARE",
     "PROPOSALS",
     "Clock",
     "ClockTimes",
@@ -38,6 +40,7 @@ __all__ = [
     "UniformTimes",
     "importance_times",
     "make_proposal",
+    "mixture_times",
     "normal_data_density",
     "optimal_times",
     "weighted_times",
@@ -183,18 +186,29 @@ class TabulatedTimes(TimeProposal):
         density: of float64 ``t (N,)``, positive, up to a factor; it may vanish at ``t_min``.
         t_min: lower end.
         size: nodes, half of them evenly spaced in ``t`` and half in ``ln t``.
+        end_size: further nodes, evenly spaced in ``ln(1 - t)``, for a density that is steep there.
+
+    Attributes:
+        mass: integral of the density as it was given.
 
     Raises:
         ValueError: the density is not finite and positive everywhere on ``[t_min, 1]``.
     """
 
-    def __init__(self, density: Callable[[Tensor], Tensor], t_min: float, size: int = 4096) -> None:
+    def __init__(
+        self,
+        density: Callable[[Tensor], Tensor],
+        t_min: float,
+        size: int = 4096,
+        end_size: int = 0,
+    ) -> None:
         first = max(t_min, 1e-8)
         even = torch.linspace(t_min, 1, size // 2, dtype=torch.float64)
         geometric = torch.logspace(math.log10(first), 0, size // 2, dtype=torch.float64).clamp(
             t_min, 1
         )
-        nodes = torch.unique(torch.cat([even, geometric]))
+        steep = 1 - torch.logspace(-8, 0, end_size, dtype=torch.float64) * (1 - t_min)
+        nodes = torch.unique(torch.cat([even, geometric, steep]))
         heights = density(nodes)
         if heights[0] == 0:
             # e.g. the likelihood's where g2(0) = 0: a weight 0 / 0 must not be drawn
@@ -206,6 +220,7 @@ class TabulatedTimes(TimeProposal):
             )
         areas = 0.5 * (heights[1:] + heights[:-1]) * nodes.diff()
         self.nodes = nodes
+        self.mass = areas.sum().item()
         self.heights = heights / areas.sum()
         self.cdf = torch.cat([areas.new_zeros(1), areas.cumsum(0)]) / areas.sum()
 
@@ -344,10 +359,42 @@ def weighted_times(sde: LinearSDE, weighting: Weighting) -> TimeProposal:
     return TabulatedTimes(lambda t: weighting(sde, t), sde.t_min)
 
 
+DEFENSIVE_SHARE = 0.1
+"""Share of the weight's density in :func:`mixture_times`: no weight exceeds ten times the mean."""
+
+
+def mixture_times(
+    sde: LinearSDE, weighting: Weighting, share: float = DEFENSIVE_SHARE
+) -> TimeProposal:
+    """:func:`optimal_times` and, for ``share`` of the draws, :func:`weighted_times`.
+
+    A defensive mixture (Hesterberg 1995): ``w / p`` is at most ``int w dt / share`` everywhere,
+    where the optimum's alone grows like ``1 / (1 - var)`` near ``t = 1`` and, for a network whose
+    error does not vanish there as that of the Normal score does, gives estimates of infinite
+    variance but for the cut at ``t = 1``. Data that are N(0, I) cost ``1 / (1 - share)`` more.
+
+    Raises:
+        ValueError: a density is infinite at ``t_min``.
+    """
+
+    def table(density: Callable[[Tensor], Tensor]) -> TabulatedTimes:
+        return TabulatedTimes(density, sde.t_min, end_size=1024)
+
+    optimum = table(lambda t: normal_data_density(sde, weighting, t)).mass
+    defence = table(lambda t: weighting(sde, t)).mass
+    return table(
+        lambda t: (
+            (1 - share) / optimum * normal_data_density(sde, weighting, t)
+            + share / defence * weighting(sde, t)
+        )
+    )
+
+
 PROPOSALS: dict[str, Callable[[LinearSDE, Weighting], TimeProposal]] = {
     "uniform": _uniform_times,
     "importance": importance_times,
     "optimal": optimal_times,
+    "mixture": mixture_times,
 }
 
 

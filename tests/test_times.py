@@ -10,8 +10,10 @@ from scipy.stats import kstest
 from sde_cases import CASES
 from torch import Tensor
 
+from lsgm.evaluation.tails import HEAVY_TAIL, tail_share
 from lsgm.sde import VPSDE, GeometricVPSDE, LinearSDE, SubVPSDE
 from lsgm.times import (
+    DEFENSIVE_SHARE,
     PROPOSALS,
     ClockTimes,
     TabulatedTimes,
@@ -76,6 +78,13 @@ def test_samples_follow_the_density(name: str, sde: LinearSDE, weighting: Weight
 
         def density(t: Tensor) -> Tensor:
             return normal_data_density(sde.vpsde, weighting, t)
+    elif name == "mixture":
+        normal = integrate(lambda t: normal_data_density(sde, weighting, t), sde.t_min)
+        weight = integrate(lambda t: weighting(sde, t), sde.t_min)
+
+        def density(t: Tensor) -> Tensor:
+            optimum = normal_data_density(sde, weighting, t) / normal
+            return 0.9 * optimum + 0.1 * weighting(sde, t) / weight
     else:
 
         def density(t: Tensor) -> Tensor:
@@ -125,6 +134,47 @@ def test_optimal_times_leave_no_variance_for_normal_data(
     exact = integrate(lambda t: normal_data_density(sde, weighting, t), sde.t_min)
     assert terms.mean().item() == pytest.approx(exact, rel=1e-4)
     assert terms.std().item() / exact < 1e-3
+
+
+@every_combination
+def test_the_mixture_bounds_the_weights(sde: LinearSDE, weighting: Weighting) -> None:
+    """``w / p`` is at most ten times the integral of the weight, at every time; and where it would
+    be best to have the optimum alone, 1 / 0.9 times its weight.
+    """
+    integral = integrate(lambda t: weighting(sde, t), sde.t_min)
+    rho = torch.cat([torch.linspace(0, 1, 2001), 1 - torch.logspace(-15, -3, 100)]).double()
+    mixture = make_proposal("mixture", sde, weighting).from_uniform(rho.clamp(max=1 - 2**-53))
+    weights = weighting(sde, mixture.t) * mixture.inverse_density
+    assert weights.isfinite().all()
+    assert weights.max() <= 1.001 * integral / DEFENSIVE_SHARE
+    normal = integrate(lambda t: normal_data_density(sde, weighting, t), sde.t_min)
+    values = normal_data_density(sde, weighting, mixture.t) * mixture.inverse_density
+    assert values.max() <= 1.001 * normal / (1 - DEFENSIVE_SHARE)
+
+
+@pytest.mark.parametrize("name", ["vp", "geometric", "ve", "subvp-dip"])
+def test_an_error_that_stays_at_the_end_has_a_heavy_tail_without_the_mixture(name: str) -> None:
+    """A network that is wrong by a constant: its error at t = 1 has the weight 1 / (1 - var), which
+    importance sampling draws with a Pareto tail, so that most means are below the exact integral.
+    The mixture's are on both sides, with less variance.
+    """
+    sde, w = CASES[name], make_weighting("likelihood")
+    exact = integrate(lambda t: w(sde, t), sde.t_min)
+    means, shares = {}, {}
+    for proposal in ("importance", "mixture"):
+        times = make_proposal(proposal, sde, w).sample(500 * 200, generator(8))
+        values = (w(sde, times.t) * times.inverse_density).view(200, 500)
+        means[proposal] = values.mean(1)
+        shares[proposal] = torch.tensor([tail_share(row) for row in values])
+    below = {key: (value < exact).double().mean().item() for key, value in means.items()}
+    assert below["importance"] > 0.55 and 0.4 < below["mixture"] < 0.6
+    assert means["importance"].median() < 0.98 * exact < means["mixture"].median()
+    assert means["mixture"].std() < 0.5 * means["importance"].std()
+    error = means["mixture"].std().item() / math.sqrt(200)
+    assert abs(means["mixture"].mean().item() - exact) < 4.5 * error
+    # ... and a sample of 500 tells which it is
+    assert (shares["importance"] > HEAVY_TAIL).double().mean() > 0.8
+    assert (shares["mixture"] > HEAVY_TAIL).double().mean() < 0.05
 
 
 @pytest.mark.parametrize("name", ["vp", "vp-s0", "geometric", "geometric-s0", "ve", "ve-wide"])
@@ -237,7 +287,7 @@ def test_every_image_has_the_proposals_distribution_when_stratified() -> None:
 
 
 def test_mistakes() -> None:
-    with pytest.raises(ValueError, match="known: uniform, importance, optimal"):
+    with pytest.raises(ValueError, match="known: uniform, importance, optimal, mixture"):
         make_proposal("iw", VPSDE(), make_weighting("likelihood"))
     for name in ("importance", "optimal"):
         with pytest.raises(ValueError, match="time_eps > 0 or sigma2_0 > 0"):

@@ -19,11 +19,12 @@ from lsgm.errors import UserError
 from lsgm.objectives import NormalReference, prior_losses
 from lsgm.score import EpsFn, MixedNormalScore
 from lsgm.sde import LinearSDE
-from lsgm.times import PROPOSALS, make_proposal
+from lsgm.times import make_proposal
 from lsgm.weighting import WEIGHTINGS, make_weighting
 
 __all__ = [
     "SIDES",
+    "STUDIED_TIMES",
     "Estimator",
     "GradientNoise",
     "Latents",
@@ -33,6 +34,9 @@ __all__ = [
     "step_gradients",
     "study",
 ]
+
+STUDIED_TIMES = ("uniform", "importance", "optimal")
+"""Proposals of the study, the paper's question."""
 
 SIDES = ("loss", "prior", "z_0", "encoder")
 """The prior's loss itself; its gradient with respect to the score network; the gradient of the
@@ -120,7 +124,7 @@ class Estimator:
 def estimators(
     sde: LinearSDE,
     weightings: Iterable[str] = WEIGHTINGS,
-    proposals: Iterable[str] = PROPOSALS,
+    proposals: Iterable[str] = STUDIED_TIMES,
 ) -> Iterator[Estimator]:
     """All that are valid for ``sde``: the rescaled weighting needs a variance below one."""
     names = [name for name in weightings if name != "rescaled" or sde.prior_var <= 1]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lsgm.benchmark.gradients import SIDES, Latents, NoiseRow, study
+from lsgm.benchmark.gradients import SIDES, STUDIED_TIMES, Latents, NoiseRow, study
 from lsgm.configio import parse_command_line
 from lsgm.data import build_datasets
 from lsgm.errors import UserError
@@ -25,7 +25,6 @@ from lsgm.models import LSGM, build_prior, load, load_data_config
 from lsgm.score import MixedNormalScore
 from lsgm.sde import SDES, LinearSDE, largest_squared_distance, make_sde
 from lsgm.tensors import expand_like
-from lsgm.times import PROPOSALS
 from lsgm.training.precision import choose_device
 from lsgm.weighting import WEIGHTINGS
 
@@ -287,7 +286,7 @@ def draw_figure(rows: Sequence[NoiseRow], path: Path) -> None:
         figsize=(1 + 4.2 * len(sides), 1.2 + 2.8 * len(groups)),
         squeeze=False,
     )
-    proposals, styles = list(PROPOSALS), list(STYLES)
+    proposals, styles = list(STUDIED_TIMES), list(STYLES)
     for line, (title, group) in zip(panels, groups.items(), strict=True):
         weightings = list(dict.fromkeys(row.weighting for row in group))
         for axes, side in zip(line, sides, strict=True):

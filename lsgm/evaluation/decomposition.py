@@ -15,7 +15,6 @@ from lsgm.evaluation.importance import convergence, iw_of_groups
 from lsgm.evaluation.nll import Estimate, with_generators
 from lsgm.models import LSGM, VAEModel
 from lsgm.objectives import latent_cross_entropy
-from lsgm.times import make_proposal
 from lsgm.weighting import make_weighting
 from vae.objective import bounds, elbo
 from vae.random import Rng
@@ -102,7 +101,7 @@ def _joint_kl(model: LSGM, posterior: Any, rng: Rng) -> Tensor:
     """``log q - log p`` of the coarsest scale under the score-based prior: ``(B,)``, nats."""
     likelihood = make_weighting("likelihood")
     top = model.vae.concat_top(posterior.eps).float()
-    proposal = make_proposal("importance", model.sde, likelihood)
+    proposal = model.evaluation_times()
     times = proposal.sample(len(top), rng, stratified=True, device=top.device)
     bound = latent_cross_entropy(
         model.sde, model.score, top, times, likelihood, rng, reference=model.reference

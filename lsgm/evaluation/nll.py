@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lsgm.data import Batches, DataSpec, ImageDataset, fixed_binarisation, preprocess
 from lsgm.divergence import make_divergence
+from lsgm.evaluation.tails import warn_of_tail
 from lsgm.likelihood import ode_log_density, tolerance_convergence
 from lsgm.models import LSGM, NELBO, VAEModel
 from vae.objective import bits_per_dim, importance_weighted_bound, standard_normal_log_prob
@@ -152,12 +153,17 @@ class Values:
     total: list[Tensor] = field(default_factory=list)
     reconstruction: list[Tensor] = field(default_factory=list)
     kl: list[Tensor] = field(default_factory=list)
+    sampled: list[Tensor] = field(default_factory=list)
+    """Of every draw the part that its diffusion time decides, for
+    :func:`lsgm.evaluation.tails.tail_share`."""
 
     def report(
         self, model: VAEModel, bound: str, estimator: str, start: float, **settings: Any
     ) -> LikelihoodReport:
         per_image = torch.cat(self.total)
         nats = Estimate.of(per_image)
+        if self.sampled:
+            settings["tail_share"] = warn_of_tail(torch.cat(self.sampled), estimator)
         return LikelihoodReport(
             bound=bound,
             estimator=estimator,
@@ -221,6 +227,7 @@ def nelbo_values(
         values.total.append(torch.stack([d.total for d in draws]).mean(0).cpu())
         values.reconstruction.append(torch.stack([d.reconstruction for d in draws]).mean(0).cpu())
         values.kl.append(torch.stack([d.kl for d in draws]).mean(0).cpu())
+        values.sampled.extend(d.sampled.cpu() for d in draws if d.sampled is not None)
         if callback:
             callback(len(x))
     return values
@@ -239,7 +246,11 @@ def nelbo(
     diffusion time per draw).
 
     Under a score-based prior the cross-entropy is the variational bound, importance-sampled in
-    time; its standard error includes the scatter from the times.
+    time; its standard error includes the scatter from the times. The settings of the report hold
+    ``tail_share``, the share of that scatter that a hundredth of the draws makes.
+
+    Warns:
+        HeavyTailWarning: If that share is so large that the mean is likely too low.
     """
     start = time.perf_counter()
     values = nelbo_values(model, batches, samples=samples, seed=seed, callback=callback)
