@@ -40,7 +40,7 @@ def settings_at_torch(script: Path, **environment: str) -> list[str]:
 
 @pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda p: p.stem)
 def test_every_script_sets_it_before_it_loads_pytorch(script):
-    assert settings_at_torch(script) == ["None", "10000", "1"]
+    assert settings_at_torch(script) == ["None", "1000", "1"]
 
 
 @pytest.mark.parametrize(("name", "value"), [*zip(NAMES, ("active", "77", "200"), strict=True)])
