@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from lsgm.errors import UserError
 from lsgm.evaluation.figures import image_grid, save_grid
-from lsgm.files import atomic_write
+from lsgm.files import atomic_write, check_output
 from lsgm.models import VAEModel, load
 from lsgm.npz import ArrayStream, write_npz
 from lsgm.options import SampleOptions, SolverOptions, require_run
@@ -146,6 +146,7 @@ def sample_to_file(options: SampleOptions) -> None:
     if options.latents and not isinstance(model, VAEModel):
         raise UserError("--latents: this run is a model of images and has no latents")
     out = Path(options.out)
+    check_output(out)
     start = time.perf_counter()
     evaluations: list[int] = []
     with tqdm(total=options.n, unit="img", disable=None) as bar:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lsgm.config import DataConfig, LSGMTrainConfig, PriorConfig, TrainConfig, VAETrainConfig
-from lsgm.data import Batches, Datasets, preprocess
+from lsgm.data import Batches, Datasets, DataSpec, preprocess
 from lsgm.errors import UserError
 from lsgm.evaluation.figures import (
     image_grid,
@@ -21,13 +21,15 @@ from lsgm.evaluation.figures import (
 )
 from lsgm.evaluation.nll import evaluation_batches, nelbo
 from lsgm.files import RunFolder
-from lsgm.models import LSGM, VAEModel, build_prior, build_vae, load, save
+from lsgm.models import BUILDERS, LSGM, VAEModel, build_prior, build_vae, load, save
 from lsgm.options import SolverOptions
+from lsgm.release import MISFITS
 from lsgm.sampling import draw_samples
 from lsgm.sde import largest_squared_distance
-from lsgm.training.distributed import World, distributed, on_main
-from lsgm.training.launch import fit_run, open_run
+from lsgm.training.distributed import distributed, on_main
+from lsgm.training.launch import OpenRun, fit_run, open_run
 from lsgm.training.loop import EvalContext
+from lsgm.training.resume import Resume, release_notes
 from lsgm.training.stages import LSGMStage, VAEStage
 from lsgm.training.state import Stage, TrainState
 from vae.objective import active_channels, kl_per_channel
@@ -41,34 +43,28 @@ MAX_SCAN_BATCHES = 1001
 """Training batches that the search for inactive latent channels reads at most."""
 
 
-def train_vae(config: VAETrainConfig, out: str | None = None, *, resume: bool = False) -> Path:
+def train_vae(config: VAETrainConfig, out: str | None = None, *, resume: Resume = False) -> Path:
     """Train the first stage into the folder ``out`` (default ``runs/NAME``) and return it.
 
     Raises:
         UserError: The configuration does not fit the data, or the folder holds another run.
     """
-    with distributed(config.train.device) as world:
-        run, datasets = open_run(config, config.data, out, resume, world)
-        torch.manual_seed(config.train.seed)
-        model = VAEModel(build_vae(config.vae, datasets.spec), datasets.spec, config.vae)
-        stage = VAEStage(model, config.objective)
-        _fit(
-            stage,
-            model,
-            datasets,
-            config,
-            config.data,
-            {"vae": config.optim_vae},
-            run,
-            resume,
-            world,
-        )
-    return run.path
+    with (
+        distributed(config.train.device) as world,
+        open_run(config, config.data, out, resume, world) as run,
+    ):
+        if not run.plan.finished:
+            torch.manual_seed(config.train.seed)
+            spec = run.datasets.spec
+            model = VAEModel(build_vae(config.vae, spec), spec, config.vae)
+            stage = VAEStage(model, config.objective)
+            _fit(stage, model, config, {"vae": config.optim_vae}, run)
+    return run.folder.path
 
 
-def train_lsgm(config: LSGMTrainConfig, out: str | None = None, *, resume: bool = False) -> Path:
+def train_lsgm(config: LSGMTrainConfig, out: str | None = None, *, resume: Resume = False) -> Path:
     """Train the second stage into ``out`` (default ``runs/NAME``) and return the folder: over the
-    VAE of ``config.vae_run``, or from the LSGM of ``config.lsgm_run`` on.
+    VAE of ``config.vae_run``, or from the LSGM of ``config.lsgm_run`` on. A resume needs neither.
 
     Raises:
         UserError: There is no finished run to start from, it does not fit the data or the
@@ -76,25 +72,45 @@ def train_lsgm(config: LSGMTrainConfig, out: str | None = None, *, resume: bool 
     """
     if config.data is None or (config.vae_run or config.lsgm_run) is None:
         raise UserError("--vae: give the folder of a finished VAE run, for example --vae runs/vae")
-    with distributed(config.train.device) as world:
-        first = _first_stage(config)
-        run, datasets = open_run(config, config.data, out, resume, world)
-        if not _same_images(first, datasets):
-            source = config.lsgm_run or config.vae_run
-            raise UserError(
-                f"{source}: it is not a model of {datasets.spec.name} images of this size"
-            )
-        torch.manual_seed(config.train.seed)
-        if config.lsgm_run is not None:
-            model = _continued(first, config)
-        else:
-            model = _with_new_prior(first, config, datasets)
-        stage = LSGMStage(model, config.objective, model.prior_config)
-        optims = {"prior": config.optim_prior}
-        if stage.trains_vae:
-            optims["vae"] = config.optim_vae
-        _fit(stage, model, datasets, config, config.data, optims, run, resume, world)
-    return run.path
+    with (
+        distributed(config.train.device) as world,
+        open_run(config, config.data, out, resume, world) as run,
+    ):
+        if not run.plan.finished:
+            described = run.begun_with()
+            if described is None:
+                model = _begin(config, run.datasets)
+            else:
+                model = _begun(described, config, run.folder)
+            stage = LSGMStage(model, config.objective, model.prior_config)
+            optims = {"prior": config.optim_prior}
+            if stage.trains_vae:
+                optims["vae"] = config.optim_vae
+            _fit(stage, model, config, optims, run)
+    return run.folder.path
+
+
+def _begin(config: LSGMTrainConfig, datasets: Datasets) -> LSGM:
+    """The model before its first step."""
+    first = _first_stage(config)
+    if not _same_images(first, datasets):
+        source = config.lsgm_run or config.vae_run
+        raise UserError(f"{source}: it is not a model of {datasets.spec.name} images of this size")
+    torch.manual_seed(config.train.seed)
+    if config.lsgm_run is not None:
+        return _continued(first, config)
+    return _with_new_prior(first, config, datasets)
+
+
+def _begun(description: dict[str, Any], config: LSGMTrainConfig, run: RunFolder) -> LSGM:
+    """The model of a run to go on with, as it was built; its weights are in the checkpoint."""
+    try:
+        model = BUILDERS[LSGM.kind](description, DataSpec(**description["spec"]))
+    except MISFITS as error:
+        raise UserError(f"{run.start}: damaged ({error})") from error
+    assert isinstance(model, LSGM)
+    prior = replace(config.prior, sde=model.prior_config.sde)
+    return LSGM(model.vae, model.score, model.spec, model.vae_config, prior)
 
 
 def _first_stage(config: LSGMTrainConfig) -> VAEModel:
@@ -164,22 +180,23 @@ def _same_images(model: VAEModel, datasets: Datasets) -> bool:
 def _fit(
     stage: Stage,
     model: VAEModel,
-    datasets: Datasets,
     config: VAETrainConfig | LSGMTrainConfig,
-    data: DataConfig,
     optims: Mapping[str, Any],
-    run: RunFolder,
-    resume: bool,
-    world: World,
+    run: OpenRun,
 ) -> None:
+    data, datasets = run.data, run.datasets
+
     def evaluate(context: EvalContext) -> Mapping[str, float]:
         averaged = with_weights(model, context.models)
-        return on_main(world, lambda: _evaluate(averaged, datasets, data, config.train, context))
+        return on_main(
+            run.world, lambda: _evaluate(averaged, datasets, data, config.train, context)
+        )
 
     def release(state: TrainState) -> None:
-        save(with_weights(model, state.evaluation_models()), run.path, data, {"steps": state.step})
+        notes = release_notes(config.train, state.step)
+        save(with_weights(model, state.evaluation_models()), run.folder.path, data, notes)
 
-    fit_run(stage, datasets, config, optims, run, resume, world, evaluate=evaluate, release=release)
+    fit_run(stage, model, config, optims, run, evaluate=evaluate, release=release)
 
 
 def with_weights(model: VAEModel, sides: Mapping[str, torch.nn.Module]) -> VAEModel:

@@ -32,7 +32,10 @@ def test_an_interrupted_run_says_how_to_go_on(tiny, tmp_path, stage, number):
     os.kill(process.pid, number)
     assert process.wait() == 128 + number
     log = (tmp_path / "log").read_text()
-    assert "Traceback" not in log and log.splitlines()[-1] == "error: interrupted"
+    by = " by SIGTERM" if number == signal.SIGTERM else ""
+    assert "Traceback" not in log and log.splitlines()[-1] == f"error: interrupted{by}"
+    name = signal.Signals(number).name
+    assert f"{name}: stopping after this step, with a checkpoint\n" in log
     step, command = re.search(r"^stopped at step (\d+); continue with: (.*)$", log, re.M).groups()
     assert [path.name for path in (out / "checkpoints").iterdir()].count(f"step_{step:>08}.pt") == 1
     interpreter, script, *arguments = shlex.split(command)

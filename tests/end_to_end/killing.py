@@ -1,0 +1,76 @@
+"""Kill a training at a chosen moment: the n-th time that it does something which matters to what is
+on disk.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+
+def kill_at(count: int, number: int = signal.SIGKILL) -> None:
+    """Send this process a signal at the `count`-th moment from now.
+
+    A moment is just before or, every other time, just after a file is made, written, flushed, moved
+    into place or removed, and before or after an optimizer step.
+    """
+    import tempfile
+
+    from lsgm.training.step import Step
+
+    seen = 0
+
+    def watch(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            nonlocal seen
+            seen += 1
+            if seen == count and count % 2:
+                os.kill(os.getpid(), number)
+            result = original(*args, **kwargs)
+            if seen >= count and not count % 2:
+                os.kill(os.getpid(), number)
+            return result
+
+        setattr(owner, name, watched)
+
+    watch(tempfile, "mkstemp")
+    for name in ("fsync", "replace", "unlink", "truncate", "mkdir", "write"):
+        watch(os, name)
+    watch(Step, "__call__")
+    _watch_writes(watch)
+
+
+def _watch_writes(watch: Callable[[Any, str], None]) -> None:
+    original = os.fdopen
+
+    class Watched:
+        """A file whose writes are moments, the first half of each on disk before the kill."""
+
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def __enter__(self) -> Any:
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *error: Any) -> Any:
+            return self.file.__exit__(*error)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+        def write(self, data: Any) -> int:
+            view = memoryview(data).cast("B")
+            half = self.file.write(view[: len(view) // 2])
+            self.file.flush()
+            return half + self.second(view[len(view) // 2 :])
+
+        def second(self, view: Any) -> int:
+            return self.file.write(view)
+
+    watch(Watched, "second")
+    os.fdopen = lambda *args, **kwargs: Watched(original(*args, **kwargs))
