@@ -93,7 +93,7 @@ class FolderLock:
             with contextlib.suppress(FileNotFoundError):
                 found = os.stat(self.path)
                 if (os.getpid(), found.st_dev, found.st_ino) in _held:
-                    raise self._in_use()
+                    raise self._in_use(_me())
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 self._lock(handle)
@@ -114,18 +114,17 @@ class FolderLock:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in _REFUSED:
-                raise self._in_use() from None
+                raise self._in_use(os.pread(handle, 4096, 0)) from None
             warnings.warn(
                 f"{self.folder}: this file system has no locks ({error.strerror}); make sure that "
                 "no other process writes there",
                 stacklevel=2,
             )
 
-    def _in_use(self) -> UserError:
+    def _in_use(self, holder: bytes) -> UserError:
         try:
-            holder = json.loads(self.path.read_text())
-            who = "process {pid} on {host} since {since} ({command})".format(**holder)
-        except (OSError, ValueError, KeyError, TypeError):
+            who = "process {pid} on {host} since {since} ({command})".format(**json.loads(holder))
+        except (ValueError, KeyError, TypeError):  # it has not written it yet
             who = "another process"
         return UserError(f"{self.folder} is in use by {who}: wait until it ends, or stop it first")
 

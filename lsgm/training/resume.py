@@ -85,9 +85,7 @@ def plan(run: RunFolder, config: Any, resume: Resume) -> Plan:
         run.check(bool(resume) and resume != "auto")
     has_checkpoints = any(run.checkpoints.glob("*.pt"))
     if not (has_checkpoints or run.weights.exists()):
-        return (
-            Plan()
-        )  # nothing is there, or only what a run stopped before its first checkpoint left
+        return Plan()  # nothing, or what a run stopped before its first checkpoint left
     recorded = _recorded(run, type(config))
     changes = {} if recorded is None else configuration_changes(recorded, config)
     _refuse_fixed(run, changes)
@@ -96,7 +94,8 @@ def plan(run: RunFolder, config: Any, resume: Resume) -> Plan:
         finished_with = _released_length(run)
         if finished_with is None and not has_checkpoints and recorded is not None:
             finished_with = _length(recorded.train)
-        if finished_with == length:
+        # Where it is being made longer, what the folder records differs from what it released.
+        if finished_with == length and not {"train.epochs", "train.max_steps"} & changes.keys():
             if changes:
                 raise UserError(
                     f"{run.path}: the run is finished, {', '.join(changes)} would change nothing; "

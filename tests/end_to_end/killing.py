@@ -18,6 +18,7 @@ def kill_at(count: int, number: int = signal.SIGKILL) -> None:
     """
     import tempfile
 
+    from lsgm.training.logging import RunLogger
     from lsgm.training.step import Step
 
     seen = 0
@@ -41,6 +42,7 @@ def kill_at(count: int, number: int = signal.SIGKILL) -> None:
     for name in ("fsync", "replace", "unlink", "truncate", "mkdir", "write"):
         watch(os, name)
     watch(Step, "__call__")
+    watch(RunLogger, "write")
     _watch_writes(watch)
 
 
