@@ -12,11 +12,12 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from lsgm.errors import UserError
@@ -61,16 +62,30 @@ def distributed(device: str = "auto") -> Iterator[World]:
     if size == 1:
         yield World(place)
         return
+    meeting = _meeting_point()
     if place.type == "cuda":
-        dist.init_process_group("nccl", device_id=place)
+        dist.init_process_group("nccl", device_id=place, **meeting)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", **meeting)
     try:
         yield World(place, dist.get_rank(), size)
     finally:
         # The reducers have to be gone before the group they use.
         gc.collect()
         dist.destroy_process_group()
+
+
+def _meeting_point() -> dict[str, Any]:
+    """Where the processes find each other: under a name of its own for every restart by torchrun,
+    whose store still holds the addresses of the processes that died.
+    """
+    store, rank, size = next(rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {
+        "store": dist.PrefixStore(f"attempt_{attempt}", store),
+        "rank": rank,
+        "world_size": size,
+    }
 
 
 def wrap(stage: nn.Module, world: World, *, find_unused_parameters: bool = False) -> nn.Module:

@@ -1,11 +1,16 @@
 """Kill a training at a chosen moment: the n-th time that it does something which matters to what is
 on disk.
+
+As a program, under torchrun, it runs a script and kills the process of rank ``KILL_RANKS[i]`` in
+its step ``KILL_STEPS[i]``, where i counts the restarts.
 """
 
 from __future__ import annotations
 
 import os
+import runpy
 import signal
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -76,3 +81,24 @@ def _watch_writes(watch: Callable[[Any, str], None]) -> None:
 
     watch(Watched, "second")
     os.fdopen = lambda *args, **kwargs: Watched(original(*args, **kwargs))
+
+
+def main() -> None:
+    import lsgm.training.step as steps
+
+    restart, rank = (int(os.environ[k]) for k in ("TORCHELASTIC_RESTART_COUNT", "RANK"))
+    ranks, at = ([int(n) for n in os.environ[k].split(",")] for k in ("KILL_RANKS", "KILL_STEPS"))
+    original = steps.Step.__call__
+
+    def killed(self: Any, *args: Any) -> Any:
+        if restart < len(ranks) and rank == ranks[restart] and self.state.step == at[restart]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *args)
+
+    steps.Step.__call__ = killed
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

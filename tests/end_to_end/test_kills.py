@@ -7,24 +7,11 @@ import os
 import random
 import signal
 
-from tiny import (
-    ScriptProcess,
-    assert_same_runs,
-    call,
-)
+from tiny import ScriptProcess, assert_nothing_left, assert_same_runs, call
 
 KILLS = int(os.environ.get("LSGM_KILLS", "6"))
 CHOSEN = (1, 2, 3, 5, 8, 13)  # before and in the first checkpoint
 LAST_MOMENT = 260
-
-
-def assert_nothing_left(run, reference):
-    """Check that a run's folder holds what the reference's does."""
-    names = [
-        {str(p.relative_to(folder)) for p in folder.rglob("*") if "events" not in p.name}
-        for folder in (run, reference)
-    ]
-    assert names[0] == names[1]
 
 
 def test_killed_anywhere_and_repeated_unchanged(tiny, tmp_path):
@@ -48,3 +35,26 @@ def test_killed_anywhere_and_repeated_unchanged(tiny, tmp_path):
     finished = call(*command)
     assert (finished.code, finished.err) == (0, "") and "is finished" in finished.out
     assert_same_runs(out, tiny.vae)
+
+
+def test_two_processes_on_one_folder(tiny, tmp_path):
+    out = tmp_path / "run"
+    command = (*tiny.command("vae", out), "--resume", "auto")
+    first = ScriptProcess(command, tmp_path / "first")
+    first.wait_for_step(out, 2)
+    second = call(*command)
+    second.error(2, f"{out} is in use by process {first.pid} on ")
+    call("train_vae", "--out", out, "--resume").error(2, "is in use by process")
+    assert first.wait() == 0
+    assert_same_runs(out, tiny.vae)
+    assert_nothing_left(out, tiny.vae)
+
+
+def test_two_first_starts_at_once(tiny, tmp_path):
+    out = tmp_path / "run"
+    command = (*tiny.command("vae", out), "--resume", "auto")
+    both = [ScriptProcess(command, tmp_path / f"log{number}") for number in range(2)]
+    codes = sorted(process.wait() for process in both)
+    assert codes in ([0, 2], [0, 0]), [process.log.read_text() for process in both]
+    assert_same_runs(out, tiny.vae)
+    assert_nothing_left(out, tiny.vae)

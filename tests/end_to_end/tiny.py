@@ -300,3 +300,12 @@ def assert_same_runs(run: Path, reference: Path) -> None:
     assert (run / weights).read_bytes() == (reference / weights).read_bytes()
     assert (run / "run.json").read_text() == (reference / "run.json").read_text()
     assert log_lines(run) == log_lines(reference)
+
+
+def assert_nothing_left(run: Path, reference: Path) -> None:
+    """Check that a run's folder holds what the reference's does, and nothing else."""
+    names = [
+        {str(p.relative_to(folder)) for p in folder.rglob("*") if "events" not in p.name}
+        for folder in (run, reference)
+    ]
+    assert names[0] == names[1]
