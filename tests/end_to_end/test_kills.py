@@ -3,35 +3,35 @@
 ``LSGM_KILLS=60`` kills one run that often; by default a few times.
 """
 
-import os
 import random
 import signal
 
-from tiny import ScriptProcess, assert_nothing_left, assert_same_runs, call
+from tiny import KILLS, ScriptProcess, assert_nothing_left, assert_same_runs, call
 
-KILLS = int(os.environ.get("LSGM_KILLS", "6"))
-CHOSEN = (1, 2, 3, 5, 8, 13)  # before and in the first checkpoint
-LAST_MOMENT = 260
+EARLY = (1, 2, 4, 7, 11, 16, 22)  # before, in and just after the first checkpoint
+LAST = 130 if KILLS < 20 else 70
 
 
 def test_killed_anywhere_and_repeated_unchanged(tiny, tmp_path):
-    out, log = tmp_path / "run", tmp_path / "log"
-    command = (*tiny.command("vae", out), "--resume", "auto")
-    generator, kills = random.Random(0), 0
+    generator, kills, runs = random.Random(0), 0, 0
     while kills < KILLS:
-        early = CHOSEN[kills] if kills < min(len(CHOSEN), KILLS // 2) else None
-        moment = early or generator.randint(1, LAST_MOMENT if KILLS < 20 else 60)
-        code = ScriptProcess(command, log, signal_at=(moment, signal.SIGKILL)).wait()
-        assert code in (0, -signal.SIGKILL), log.read_text()
-        if code == 0:
-            break
-        kills += 1
-    outcome = call(*command)
-    assert outcome.code == 0, outcome.err
-    assert kills >= min(KILLS, 4), kills
-    assert "Traceback" not in log.read_text() and "warning" not in log.read_text()
-    assert_same_runs(out, tiny.vae)
-    assert_nothing_left(out, tiny.vae)
+        out, log = tmp_path / f"run{runs}", tmp_path / f"log{runs}"
+        command = (*tiny.command("vae", out), "--resume", "auto")
+        moments = list(EARLY[:: 3 if KILLS < 20 else 1]) if runs == 0 else []
+        while True:
+            moment = moments.pop(0) if moments else generator.randint(1, LAST)
+            if kills == KILLS:
+                moment = 10**9
+            code = ScriptProcess(command, log, signal_at=(moment, signal.SIGKILL)).wait()
+            assert code in (0, -signal.SIGKILL), log.read_text()
+            if code == 0:
+                break
+            kills += 1
+        assert "Traceback" not in log.read_text() and "warning" not in log.read_text()
+        assert_same_runs(out, tiny.vae)
+        assert_nothing_left(out, tiny.vae)
+        runs += 1
+    print(f"{kills} kills in {runs} runs")
     finished = call(*command)
     assert (finished.code, finished.err) == (0, "") and "is finished" in finished.out
     assert_same_runs(out, tiny.vae)

@@ -30,6 +30,8 @@ STEPS = 14
 STEPS_PER_EPOCH = 11  # 1,438 images in batches of 128: the run ends in its second epoch
 LAST_CHECKPOINT = f"step_{STEPS:08d}.pt"
 CANNOT_MOUNT = 77
+KILLS = int(os.environ.get("LSGM_KILLS", "6"))
+"""How often the kill tests kill a run."""
 CLOCKS = ("time", "train_seconds", "images_per_second")
 
 TRAIN = f"""
