@@ -290,6 +290,23 @@ class RunFolder:
         for folder in (self.path, self.samples, self.checkpoints):
             sweep(folder)
 
+    def read_start(self) -> dict[str, Any]:
+        """Read ``start.json``, what the run was begun with: the description of its ``model`` (as in
+        ``run.json``) and the number of ``train_images``. It is there from the first step on.
+
+        Raises:
+            UserError: The file is missing or damaged.
+        """
+        try:
+            start = json.loads(self.start.read_text())
+            if isinstance(start["model"], dict) and isinstance(start["train_images"], int):
+                return dict(start)
+        except FileNotFoundError:
+            raise UserError(f"{self.start} is missing") from None
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise UserError(f"{self.start}: damaged; remove it to go on by the run's configuration")
+
     def write_info(self, info: Mapping[str, object]) -> None:
         """Write ``run.json``: what kind of run this is and which versions made it."""
         atomic_write_json(self.info, dict(info))

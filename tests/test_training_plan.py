@@ -152,3 +152,12 @@ def test_a_kill_between_the_two_files_leaves_one_entry(run, monkeypatch):
 
 def _interrupt(*arguments):
     raise InterruptedError
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model": 3, "train_images": 4}'])
+def test_a_damaged_start_is_named(run, text):
+    with pytest.raises(UserError, match=r"start\.json is missing"):
+        run.read_start()
+    run.start.write_text(text)
+    with pytest.raises(UserError, match=r"start\.json: damaged; remove it"):
+        run.read_start()

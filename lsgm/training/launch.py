@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -73,7 +72,7 @@ class OpenRun:
         """
         if not self.plan.resume or not self.folder.start.exists():
             return None
-        return read_start(self.folder)["model"]
+        return self.folder.read_start()["model"]
 
 
 @contextlib.contextmanager
@@ -104,22 +103,6 @@ def open_run(
         yield OpenRun(run, on_main(world, begin), data, world)
     finally:
         lock.release()
-
-
-def read_start(run: RunFolder) -> dict[str, Any]:
-    """What the run was begun with: the description of its ``model``, the number of
-    ``train_images``.
-
-    Raises:
-        UserError: The file is damaged.
-    """
-    try:
-        start = json.loads(run.start.read_text())
-        if isinstance(start["model"], dict) and isinstance(start["train_images"], int):
-            return dict(start)
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise UserError(f"{run.start}: damaged; remove it to go on from the run below this one")
 
 
 def fit_run(
@@ -190,7 +173,7 @@ def fit_run(
 
 
 def _check_images(run: RunFolder, now: int) -> None:
-    begun_with = read_start(run)["train_images"]
+    begun_with = run.read_start()["train_images"]
     if begun_with != now:
         raise UserError(
             f"data: {run.path} was begun with {begun_with} training images, there are {now} now; "

@@ -124,24 +124,24 @@ def configuration_changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def record_changes(run: RunFolder, config: Any, plan: Plan, step: int) -> None:
+def record_changes(run: RunFolder, config: Any, decided: Plan, step: int) -> None:
     """Make ``config`` the run's configuration from ``step`` on, with a line of history if it
     changes something.
     """
-    if not plan.resume:
+    if not decided.resume:
         run.history.unlink(missing_ok=True)
-    elif plan.changes:
+    elif decided.changes:
         lines = run.history.read_text().splitlines() if run.history.exists() else []
         entry = {
             "step": step,
             "time": round(time.time(), 3),
-            "changes": {key: list(pair) for key, pair in plan.changes.items()},
+            "changes": {key: list(pair) for key, pair in decided.changes.items()},
         }
         # One killed before the configuration below was written has left its line already.
         if not lines or _untimed(lines[-1]) != _untimed(json.dumps(entry)):
             lines.append(json.dumps(entry))
         atomic_write_text(run.history, "\n".join(lines) + "\n")
-    if plan.changes or not run.config.exists() or not plan.resume:
+    if decided.changes or not run.config.exists() or not decided.resume:
         save_config(config, run.config)
 
 
