@@ -286,9 +286,13 @@ class RunFolder:
             )
 
     def sweep(self) -> None:
-        """Remove what killed writers left in the folder."""
+        """Remove what killed writers left in the folder; nobody may be writing the run."""
         for folder in (self.path, self.samples, self.checkpoints):
             sweep(folder)
+        with contextlib.suppress(OSError):
+            for events in self.path.glob("events.out.tfevents.*"):
+                if events.stat().st_size == 0:  # killed before it had anything to say
+                    events.unlink()
 
     def read_start(self) -> dict[str, Any]:
         """Read ``start.json``, what the run was begun with: the description of its ``model`` (as in
