@@ -14,6 +14,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+LARGE = 4096
+"""Bytes; a checkpoint is hundreds of writes, most of them small."""
+
 
 def kill_at(count: int, number: int = signal.SIGKILL) -> None:
     """Send this process a signal at the `count`-th moment from now.
@@ -55,7 +58,7 @@ def _watch_writes(watch: Callable[[Any, str], None]) -> None:
     original = os.fdopen
 
     class Watched:
-        """A file whose writes are moments, the first half of each on disk before the kill."""
+        """A file whose large writes are moments, half of each on disk before the kill."""
 
         def __init__(self, file: Any) -> None:
             self.file = file
@@ -72,6 +75,8 @@ def _watch_writes(watch: Callable[[Any, str], None]) -> None:
 
         def write(self, data: Any) -> int:
             view = memoryview(data).cast("B")
+            if len(view) < LARGE:
+                return self.file.write(view)
             half = self.file.write(view[: len(view) // 2])
             self.file.flush()
             return half + self.second(view[len(view) // 2 :])
