@@ -46,7 +46,12 @@ CONFIG_FILE = "config.yaml"
 T = TypeVar("T")
 
 OUT = Option("out", "run folder to write; default runs/NAME", "DIR")
-RESUME = Option("resume", "continue the run in the run folder")
+RESUME = Option(
+    "resume",
+    "continue the run in the run folder; --resume auto: start it if there is none, so that the "
+    "same command can be repeated until the run is finished",
+    words=("auto",),
+)
 VAE_RUN = Option("vae", "folder of the finished VAE run", "RUN")
 LSGM_RUN = Option("lsgm", "folder of a finished LSGM run to go on from, instead of --vae", "RUN")
 
@@ -114,6 +119,12 @@ def take_data_from_run(config: LSGMTrainConfig, options: dict[str, Any]) -> LSGM
     Raises:
         UserError: If no run is named, or two, or it is not one.
     """
+    written = run_folder(config, options.get("out")) / CONFIG_FILE
+    if options.get("resume") and written.is_file():
+        begun = load_config(LSGMTrainConfig, written)
+        if not (options.get("vae") or options.get("lsgm")):
+            config = dataclasses.replace(config, vae_run=begun.vae_run, lsgm_run=begun.lsgm_run)
+        config = dataclasses.replace(config, data=config.data or begun.data)
     named = {f"{kind}_run": options.get(kind) for kind in ("vae", "lsgm")}
     if not any(named.values()):
         named = {"vae_run": config.vae_run, "lsgm_run": config.lsgm_run}
@@ -172,6 +183,8 @@ def parse_command_line(
         written = run_folder(config, options.get("out")) / CONFIG_FILE  # type: ignore[arg-type]
         if written.is_file():
             path, config = written, load_config(config_class, written)
+        elif any((written.parent / "checkpoints").glob("*.pt")):
+            raise UserError(f"{written}: missing; give the run's configuration as --config")
     if wants_help:
         parse_tokens(config, ["--help"], plain, prog, description or config_class.__doc__)
     if prepare is not None:

@@ -26,6 +26,7 @@ from lsgm.data import build_datasets, preprocess
 from lsgm.data.images import read_image
 from lsgm.errors import UserError
 from lsgm.evaluation.figures import image_grid, save_grid
+from lsgm.files import check_output
 from lsgm.latents import (
     Closure,
     Code,
@@ -436,4 +437,6 @@ def edit_command(name: str, argv: Sequence[str]) -> None:
     if name not in COMMANDS:
         raise UserError(f"{name}: no such edit; known are {', '.join(COMMANDS)}")
     options, action = COMMANDS[name]
-    action(parse_command_line(options, argv, extra=(), prog=f"edit.py {name}").config)
+    chosen = parse_command_line(options, argv, extra=(), prog=f"edit.py {name}").config
+    check_output(chosen.out)
+    action(chosen)

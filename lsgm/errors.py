@@ -1,8 +1,10 @@
-"""The exceptions that a script turns into a single line on stderr and exit code 2."""
+"""The exceptions that a script turns into a single line on stderr and an exit code."""
 
 from __future__ import annotations
 
-__all__ = ["NonFiniteError", "UserError"]
+import signal
+
+__all__ = ["Interrupted", "NonFiniteError", "UserError"]
 
 
 class UserError(Exception):
@@ -16,3 +18,21 @@ class UserError(Exception):
 
 class NonFiniteError(UserError):
     """A sampler gave values that are NaN or infinite, which no picture can show."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the process to stop.
+
+    Args:
+        message: One line.
+        number: The signal.
+    """
+
+    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell reports for a process ended by this signal (130 for Ctrl-C)."""
+        return 128 + self.number

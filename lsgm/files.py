@@ -1,11 +1,13 @@
 """The run folder, and writing files so that a crash leaves either the old file or the new one.
 
-Every file is written beside its target, flushed to disk and moved over it in one step.
+Every file is written beside its target, flushed to disk and moved over it in one step. A link at
+the target (symbolic or hard) is replaced, never written through: what it points to stays.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import math
 import os
@@ -18,6 +20,7 @@ from typing import IO, Any
 import torch
 
 from lsgm.errors import UserError
+from lsgm.locks import is_abandoned, make_folder, mark_in_use
 
 __all__ = [
     "RunFolder",
@@ -25,8 +28,14 @@ __all__ = [
     "atomic_write",
     "atomic_write_json",
     "atomic_write_text",
+    "check_output",
     "json_text",
+    "open_log",
+    "sweep",
 ]
+
+_LONGEST_NAME = 200
+"""Characters of a file's name that go into the name of its temporary file."""
 
 
 @contextlib.contextmanager
@@ -38,21 +47,113 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
             untouched and nothing partial stays behind.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    name: str | None = None
     try:
+        handle, name = tempfile.mkstemp(
+            prefix=_temporary_prefix(path.name), suffix=".tmp", dir=path.parent
+        )
         with os.fdopen(handle, "wb") as file:
+            mark_in_use(handle)
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+            os.fsync(handle)
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, path)
     except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        if isinstance(error, OSError) and error.filename in (None, name):
+        if name is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+        if isinstance(error, OSError) and _names_temporary(error.filename, path):
             raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise
     _sync_folder(path.parent)
+
+
+def _temporary_prefix(name: str) -> str:
+    return f".{name[:_LONGEST_NAME]}."
+
+
+def _names_temporary(filename: object, path: Path) -> bool:
+    # The caller's own errors, about other files, keep the names they have.
+    if filename is None:
+        return True
+    named = Path(os.fsdecode(filename)) if isinstance(filename, (str, bytes)) else Path()
+    return named.parent == path.parent and named.name.startswith(_temporary_prefix(path.name))
+
+
+def sweep(folder: Path, name: str = "*") -> None:
+    """Remove the temporary files that killed writers of ``folder/name`` (a pattern) left; one whose
+    writer lives stays.
+    """
+    pattern = f".{name[:_LONGEST_NAME]}.????????.tmp"
+    with contextlib.suppress(OSError):
+        for stray in folder.glob(pattern):
+            if is_abandoned(stray):
+                stray.unlink()
+
+
+def check_output(path: str | Path) -> None:
+    """Make sure, before hours of work, that a file can be written at ``path``: make its folder, and
+    remove what killed writers of the same file left there.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    path = Path(path)
+    make_folder(path.parent)
+    try:
+        if path.is_dir():
+            raise UserError(f"{path}: a folder, where a file is to be written")
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(path)  # finds a name that is too long
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    except ValueError as error:  # a NUL in the name
+        raise UserError(f"{str(path)!r}: cannot be written ({error})") from None
+    sweep(path.parent, glob.escape(path.name))
+
+
+def open_log(path: Path, length: int, say: Callable[[str], None]) -> IO[bytes]:
+    """Open a log of JSON lines to append to, cut to its first ``length`` bytes.
+
+    Lines that are damaged (a torn tail) are dropped; a link is replaced by a copy, so that the log
+    of another run which it leads to stays as it is.
+
+    Args:
+        path: The log; it may be missing.
+        length: What belongs to the run, in bytes.
+        say: Called with a line if something is missing or was dropped.
+    """
+    linked = path.is_symlink()
+    try:
+        with open(path, "rb") as file:
+            content = file.read(length)
+            size = file.seek(0, os.SEEK_END)
+            linked |= os.fstat(file.fileno()).st_nlink > 1
+    except FileNotFoundError:
+        content, size = b"", 0
+    lines = content.splitlines(keepends=True)
+    good = [line for line in lines if _is_json_line(line)]
+    if len(good) < len(lines):
+        say(f"warning: {path}: dropped {len(lines) - len(good)} damaged line(s)")
+    if len(content) < length:
+        say(f"warning: {path}: {length - len(content)} bytes of the log are missing; it goes on")
+    kept = b"".join(good)
+    if linked or kept != content:
+        with atomic_write(path) as copy:
+            copy.write(kept)
+    elif size > length:
+        os.truncate(path, length)
+    return open(path, "ab")
+
+
+def _is_json_line(line: bytes) -> bool:
+    try:
+        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
@@ -162,6 +263,8 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.info = self.path / "run.json"
         self.weights = self.path / "model.safetensors"
+        self.start = self.path / "start.json"
+        self.history = self.path / "config_history.jsonl"
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
@@ -172,6 +275,11 @@ class RunFolder:
         files = (self.config, self.metrics, self.info, self.weights)
         return any(file.exists() for file in files) or any(self.checkpoints.glob("*.pt"))
 
+    def make(self) -> None:
+        """Make the folder and those in it, where they are missing."""
+        for folder in (self.path, self.samples, self.checkpoints):
+            make_folder(folder)
+
     @classmethod
     def create(cls, path: str | Path) -> RunFolder:
         """Make the folder of a new run.
@@ -181,7 +289,7 @@ class RunFolder:
         """
         run = cls(path)
         run.check(resume=False)
-        run._make_folders()
+        run.make()
         return run
 
     @classmethod
@@ -193,7 +301,7 @@ class RunFolder:
         """
         run = cls(path)
         run.check(resume=True)
-        run._make_folders()
+        run.make()
         return run
 
     def check(self, resume: bool) -> None:
@@ -211,6 +319,32 @@ class RunFolder:
                 f"{self.path} already holds a run: continue it with --resume or choose another "
                 "--out"
             )
+
+    def sweep(self) -> None:
+        """Remove what killed writers left in the folder; nobody may be writing the run."""
+        for folder in (self.path, self.samples, self.checkpoints):
+            sweep(folder)
+        with contextlib.suppress(OSError):
+            for events in self.path.glob("events.out.tfevents.*"):
+                if events.stat().st_size == 0:  # killed before it had anything to say
+                    events.unlink()
+
+    def read_start(self) -> dict[str, Any]:
+        """Read ``start.json``, what the run was begun with: the description of its ``model`` (as in
+        ``run.json``) and the number of ``train_images``. It is there from the first step on.
+
+        Raises:
+            UserError: The file is missing or damaged.
+        """
+        try:
+            start = json.loads(self.start.read_text())
+            if isinstance(start["model"], dict) and isinstance(start["train_images"], int):
+                return dict(start)
+        except FileNotFoundError:
+            raise UserError(f"{self.start} is missing") from None
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise UserError(f"{self.start}: damaged; remove it to go on by the run's configuration")
 
     def write_info(self, info: Mapping[str, object]) -> None:
         """Write ``run.json``: what kind of run this is and which versions made it."""
@@ -233,14 +367,3 @@ class RunFolder:
         if not isinstance(info, dict):
             raise UserError(f"{self.info}: expected a JSON object")
         return info
-
-    def _make_folders(self) -> None:
-        try:
-            for folder in (self.path, self.samples, self.checkpoints):
-                folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise UserError(
-                f"{self.path}: cannot make the run folder, a file is in the way"
-            ) from None
-        except PermissionError as error:
-            raise UserError(f"{self.path}: cannot make the run folder ({error.strerror})") from None

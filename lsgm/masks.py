@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import max_pool2d, pad
 
-from lsgm.data.folder import read_image
+from lsgm.data.images import load_image, read_image
 from lsgm.errors import UserError
 
 __all__ = ["MASKS", "make_mask", "state_mask"]
@@ -47,13 +46,8 @@ def _mask_of_file(path: Path, size: int) -> Tensor:
     """A picture as a mask. Where it has transparent pixels, those are unknown and its colours mean
     nothing; in an opaque picture the dark pixels are.
     """
-    try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            alpha = np.array(image.convert("RGBA").getchannel("A"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--mask: {path}: not a readable image ({reason})") from error
+    image = load_image(path)
+    alpha = np.array(image.convert("RGBA").getchannel("A"))
     if image.size != (size, size):
         raise UserError(
             f"--mask: {path} is {image.width} x {image.height} pixels, the images are "

@@ -34,12 +34,14 @@ class Option:
         help: What it does.
         metavar: Shown for the value; None makes the option a switch.
         default: Its value when absent; a switch is off.
+        words: Words that may stand after a switch and become its value.
     """
 
     name: str
     help: str
     metavar: str | None = None
     default: str | None = None
+    words: tuple[str, ...] = ()
 
     @property
     def is_switch(self) -> bool:
@@ -77,9 +79,14 @@ def split_plain(
     for flag, *values in _groups([token for token in argv if token not in ("-h", "--help")]):
         option = by_flag.get(flag)
         if option is not None:
+            if option.is_switch and len(values) == 1 and values[0] in option.words:
+                options[option.name] = values[0]
+                continue
             if len(values) != (0 if option.is_switch else 1):
                 needed = (
-                    "takes no value" if option.is_switch else f"needs one value ({option.metavar})"
+                    " or ".join(["takes no value", *option.words])
+                    if option.is_switch
+                    else f"needs one value ({option.metavar})"
                 )
                 raise UserError(f"{flag} {needed}, not {' '.join(values) or 'none'}")
             options[option.name] = True if option.is_switch else values[0]

@@ -60,8 +60,12 @@ def save(
 ) -> None:
     """Write the model's weights and description into ``folder``; each file appears whole or not at
     all.
+
+    Raises:
+        UserError: A weight is NaN or infinite.
     """
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    _require_finite(state, folder)
     with atomic_write(folder / WEIGHTS) as file:
         file.write(to_safetensors(state))
     description = {
@@ -72,6 +76,12 @@ def save(
         **(notes or {}),
     }
     atomic_write_json(folder / DESCRIPTION, description)
+
+
+def _require_finite(state: dict[str, torch.Tensor], folder: Path) -> None:
+    for name, value in state.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise UserError(f"{folder}: {name} is NaN or infinite: these weights are not released")
 
 
 def read_description(folder: Path) -> dict[str, Any]:

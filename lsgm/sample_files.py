@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from lsgm.errors import UserError
 from lsgm.evaluation.figures import image_grid, save_grid
-from lsgm.files import atomic_write
+from lsgm.files import atomic_write, check_output
 from lsgm.models import VAEModel, load
 from lsgm.npz import ArrayStream, write_npz
 from lsgm.options import SampleOptions, require_run
@@ -71,15 +70,10 @@ def sample_to_file(options: SampleOptions) -> None:
 @contextlib.contextmanager
 def _output(out: Path, options: SampleOptions) -> Iterator[Callable[[Batch], None]]:
     """What takes the batches, opened on entering; a single file is complete only on leaving."""
-    folder = out.parent if out.suffix else out
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if out.suffix and out.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"--out: cannot write {out} ({error.strerror or error})") from None
+    if out.suffix:
+        check_output(out)
+    else:
+        check_output(out / "000000.png")
     writer = {".npz": _npz_output, ".png": _grid_output, "": _folder_output}[out.suffix]
     with writer(out, options) as write:
         yield write

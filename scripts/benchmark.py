@@ -7,12 +7,13 @@ weighting and proposal. `few-step`: error of samplers at few evaluations, beside
 
 import sys
 
-from lsgm.benchmark import COMMANDS
 from lsgm.cli import run
 from lsgm.errors import UserError
 
 
 def main() -> None:
+    from lsgm.benchmark import COMMANDS
+
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print(__doc__ + "\nUsage: benchmark.py {" + ",".join(COMMANDS) + "} [--help] ...")

@@ -6,10 +6,11 @@ one image to another, encode and decode, or draw some latent groups anew. Each w
 import sys
 
 from lsgm.cli import run
-from lsgm.editing import COMMANDS, edit_command
 
 
 def main() -> None:
+    from lsgm.editing import COMMANDS, edit_command
+
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print(__doc__ + "\nUsage: edit.py {" + ",".join(COMMANDS) + "} [--help] ...")

@@ -6,10 +6,11 @@ lsgm.load() open.
 import sys
 
 from lsgm.cli import run
-from lsgm.importers.runs import import_command
 
 
 def main() -> None:
+    from lsgm.importers.runs import import_command
+
     import_command(sys.argv[1:], description=__doc__)
 
 

@@ -4,12 +4,13 @@
 """
 
 from lsgm.cli import run
-from lsgm.configio import parse_command_line
-from lsgm.options import SampleOptions
-from lsgm.sample_files import sample_to_file
 
 
 def main() -> None:
+    from lsgm.configio import parse_command_line
+    from lsgm.options import SampleOptions
+    from lsgm.sample_files import sample_to_file
+
     sample_to_file(parse_command_line(SampleOptions, extra=(), description=__doc__).config)
 
 

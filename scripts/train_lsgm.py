@@ -6,14 +6,15 @@
 from pathlib import Path
 
 from lsgm.cli import run
-from lsgm.config import LSGMTrainConfig
-from lsgm.configio import LSGM_RUN, OUT, RESUME, VAE_RUN, parse_command_line, take_data_from_run
-from lsgm.training.runs import train_lsgm
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "digits" / "lsgm.yaml"
 
 
 def main() -> None:
+    from lsgm.config import LSGMTrainConfig
+    from lsgm.configio import LSGM_RUN, OUT, RESUME, VAE_RUN, parse_command_line, take_data_from_run
+    from lsgm.training.runs import train_lsgm
+
     line = parse_command_line(
         LSGMTrainConfig,
         extra=(VAE_RUN, LSGM_RUN, OUT, RESUME),

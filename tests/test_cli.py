@@ -1,10 +1,16 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
-from lsgm.cli import run
+from lsgm.cli import STOP_SIGNALS, run
 from lsgm.errors import UserError
 
 
@@ -46,9 +52,72 @@ def test_full_disk_is_one_line(capsys, wrapped):
     assert text.startswith("error: no space left") and text.count("\n") == 1
 
 
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EFBIG, errno.EIO, errno.ENOENT])
+def test_what_the_system_refuses_is_one_line(capsys, number):
+    reason = os.strerror(number)
+    expected = (1, f"error: runs/x: {reason}\n")
+    assert outcome(capsys, OSError(number, reason, "runs/x")) == expected
+    wrapped = RuntimeError("writing failed")
+    wrapped.__cause__ = OSError(number, reason, "runs/x")
+    assert outcome(capsys, wrapped) == expected
+
+
+def test_a_nul_in_a_path_is_one_line(capsys):
+    with pytest.raises(ValueError, match="null") as raised:
+        open("a\0b")
+    code, text = outcome(capsys, raised.value)
+    assert code == 2 and text == "error: a path with a NUL character in it names no file\n"
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_signals_end_a_script_with_a_line_and_their_code(capsys, number):
+    cleaned = []
+
+    def main() -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        finally:
+            cleaned.append(True)
+
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    name = signal.Signals(number).name
+    assert stop.value.code == 128 + number and cleaned
+    assert capsys.readouterr().err == f"error: interrupted by {name}\n"
+    assert signal.getsignal(number) is before
+
+
+def test_an_ignored_hangup_stays_ignored(capsys):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run(lambda: os.kill(os.getpid(), signal.SIGHUP))
+        assert stop.value.code == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_script_is_loading_is_no_traceback(number):
+    script = Path(__file__).parents[1] / "scripts" / "sample.py"
+    code = (
+        "import os, runpy, sys\n"
+        "class Loading:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == 'torch': os.kill(os.getpid(), {int(number)})\n"
+        "sys.meta_path.insert(0, Loading())\n"
+        f"runpy.run_path({str(script)!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    by = "" if number == signal.SIGINT else " by SIGTERM"
+    assert (done.returncode, done.stderr) == (128 + number, f"error: interrupted{by}\n")
+
+
 def test_other_errors_keep_their_traceback():
     def main() -> None:
-        raise OSError(errno.EIO, "broken")
+        raise RuntimeError("broken")
 
-    with pytest.raises(OSError, match="broken"):
+    with pytest.raises(RuntimeError, match="broken"):
         run(main)

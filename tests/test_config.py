@@ -158,7 +158,7 @@ def test_missing_file_and_folder(tmp_path):
         ("--vae.channel_mult x", "--vae.channel_mult: 'x' does not fit"),
         ("--train 3", "unknown option --train"),
         ("--out", "--out needs one value (DIR), not none"),
-        ("--resume 3", "--resume takes no value, not 3"),
+        ("--resume 3", "--resume takes no value or auto, not 3"),
         ("stray", "unexpected argument 'stray'"),
     ],
 )

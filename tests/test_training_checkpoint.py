@@ -152,7 +152,7 @@ def test_a_write_that_the_system_refuses(tmp_path):
 
 
 def test_what_a_killed_save_left_is_swept_up(tmp_path):
-    stray = tmp_path / ".step_00000001.pt.abc.tmp"
+    stray = tmp_path / ".step_00000001.pt.abcdefgh.tmp"
     stray.write_bytes(b"half")
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest() is None

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_toy import OPTIMS, TRAIN, Crash, ToyStage, everything, train
+from training_toy import OPTIMS, TRAIN, Crash, ToyBatches, ToyStage, everything, train
 
 from lsgm.errors import UserError
 from lsgm.training import TrainingInterrupted, resume_command
-from lsgm.training.interrupt import StopSignal
+from lsgm.training.interrupt import StopNow, StopSignal
 
 TOY = Path(__file__).parent / "training_toy.py"
 CLOCKS = ("time", "train_seconds", "eval_seconds", "images_per_second")
@@ -148,19 +148,10 @@ def test_another_optimizer_or_epoch_is_named(tmp_path):
     optims = OPTIMS | {"back": replace(OPTIMS["back"], optimizer="adam")}
     with pytest.raises(UserError, match="adamw"):
         train(tmp_path / "run", resume=True, optims=optims)
-    from training_toy import ToyBatches
-
-    class Longer(ToyBatches):
-        steps_per_epoch = 6
-
-    import training_toy
-
-    original, training_toy.ToyBatches = training_toy.ToyBatches, Longer
-    try:
-        with pytest.raises(UserError, match=r"5 steps an epoch.*6"):
-            train(tmp_path / "run", resume=True)
-    finally:
-        training_toy.ToyBatches = original
+    longer = ToyBatches()
+    longer.steps_per_epoch = 6
+    with pytest.raises(UserError, match=r"5 steps an epoch.*6"):
+        train(tmp_path / "run", batches=longer, resume=True)
 
 
 def test_a_run_is_not_overwritten(tmp_path):
@@ -169,8 +160,11 @@ def test_a_run_is_not_overwritten(tmp_path):
         train(tmp_path / "run")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_after_the_step_and_says_how_to_go_on(tmp_path, whole, number, capsys):
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_signal_stops_after_the_step_and_says_how_to_go_on(tmp_path, whole, number, capfd):
     stage = ToyStage()
     before = signal.getsignal(number)
 
@@ -183,11 +177,111 @@ def test_a_signal_stops_after_the_step_and_says_how_to_go_on(tmp_path, whole, nu
         train(tmp_path / "run", stage)
     assert error.value.exit_code == 128 + number
     assert signal.getsignal(number) is before
-    assert "--resume" in capsys.readouterr().err
+    said = capfd.readouterr().err.splitlines()
+    name = signal.Signals(number).name
+    assert said[-3] == f"{name}: stopping after this step, with a checkpoint"  # before its line
+    assert "--resume" in said[-1]
     assert (tmp_path / "run" / "checkpoints" / "step_00000008.pt").exists()
     result = train(tmp_path / "run", resume=True)
     assert same(everything(result), whole[0])
     assert lines(tmp_path / "run") == whole[1]
+
+
+@pytest.mark.parametrize("number", STOPS)
+@pytest.mark.parametrize("at", [5, 15])
+def test_a_signal_ends_an_evaluation_at_once_with_a_checkpoint(tmp_path, whole, number, at, capfd):
+    def evaluate(context):
+        if context.step == at:
+            os.kill(os.getpid(), number)
+            time.sleep(30)
+        return {"score": float(context.step)}
+
+    begun = time.monotonic()
+    with pytest.raises(TrainingInterrupted, match=f"stopped at step {at}; continue") as error:
+        train(tmp_path / "run", evaluate=evaluate)
+    assert time.monotonic() - begun < 20 and error.value.exit_code == 128 + number
+    assert f"{signal.Signals(number).name}: stopping now" in capfd.readouterr().err
+    assert (tmp_path / "run" / "checkpoints" / f"step_{at:08d}.pt").exists()
+    result = train(tmp_path / "run", resume=True)
+    assert same(everything(result), whole[0])
+    assert lines(tmp_path / "run") == whole[1]
+
+
+def test_a_signal_just_before_an_evaluation_does_not_wait_for_it():
+    with StopSignal(announce=False) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(StopNow), stop.at_once():
+            pytest.fail("the evaluation began")
+
+
+def test_a_run_beyond_its_new_end_is_refused(tmp_path):
+    train(tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    for changes in ({"epochs": 2}, {"max_steps": 14}):
+        with pytest.raises(UserError, match=r"is at step 15 already, they end it at step 1[04]"):
+            train(tmp_path / "run", resume=True, **changes)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+class Counting:
+    """Batches of 40 images that note which ones are asked for."""
+
+    def __init__(self, size, seen):
+        self.size, self.seen, self.steps_per_epoch = size, seen, 40 // size
+
+    def epoch(self, epoch, start):
+        for step in range(start, self.steps_per_epoch):
+            places = range(step * self.size, (step + 1) * self.size)
+            self.seen += [(epoch, place) for place in places]
+            yield step, torch.rand(self.size, 1, 6, 6)
+
+
+@pytest.mark.parametrize("size", [4, 20])
+def test_another_batch_size_goes_on_where_the_epoch_stood(tmp_path, size):
+    seen, evaluated, run = [], [], tmp_path / "run"
+
+    def evaluate(context):
+        evaluated.append((context.step, context.epoch))
+        return {"score": 1.0}
+
+    # Two fifths (16 images) of the second epoch; with batches of 20 these are no whole batch.
+    train(run, batches=Counting(8, seen), max_steps=7, evaluate=evaluate, eval_every=1)
+    result = train(
+        run, batches=Counting(size, seen), batch_size=size, resume=True, evaluate=evaluate
+    )
+    per_epoch, done = 40 // size, 16 // size
+    assert result.state.step == 7 + (per_epoch - done) + per_epoch == result.state.total_steps
+    assert result.state.position == result.state.end == 3 * per_epoch
+    twice = [place for place in set(seen) if seen.count(place) > 1]
+    assert len(set(seen)) == 120 and len(twice) == 16 - done * size
+    ends = [(5, 1), (7, 1), (7 + per_epoch - done, 2), (result.state.step, 3)]
+    assert list(dict.fromkeys(evaluated)) == ends
+    logged = [r["epoch"] for r in lines(run) if r["phase"] == "train"]
+    assert logged[-1] == 3.0 and logged == sorted(logged)
+
+
+def test_other_data_are_refused(tmp_path):
+    train(tmp_path / "run", batches=Counting(8, []), max_steps=7)
+    fewer = Counting(8, [])
+    fewer.steps_per_epoch = 4
+    with pytest.raises(UserError, match="5 steps an epoch, this run has 4: the data are not"):
+        train(tmp_path / "run", batches=fewer, resume=True)
+
+
+def test_a_missing_or_torn_log_stops_nothing(tmp_path, whole, capsys):
+    run = tmp_path / "run"
+    train(run)
+    metrics = run / "metrics.jsonl"
+    for tear in (True, False):
+        (run / "checkpoints" / "step_00000015.pt").unlink()
+        checkpoint = run / "checkpoints" / "step_00000012.pt"
+        length = torch.load(checkpoint, weights_only=True)["metrics_length"]
+        os.truncate(metrics, length - 5) if tear else metrics.unlink()
+        result = train(run, resume=True)
+        assert same(everything(result)["weights"], whole[0]["weights"])
+    said = capsys.readouterr().err
+    assert "dropped 1 damaged line" in said and f"{length} bytes of the log are missing" in said
+    assert [(r["phase"], r["step"]) for r in lines(run)] == [("train", 15), ("eval", 15)]
 
 
 def test_the_second_signal_is_not_held_back():

@@ -118,19 +118,22 @@ def train(
     world: World | None = None,
     optims: dict[str, OptimConfig] | None = None,
     evaluate: object = lambda context: {"score": float(context.step)},
+    batches: object = None,
+    release: object = None,
     **changes: object,
 ) -> FitResult:
     run = RunFolder.resume(out) if resume else RunFolder.create(out)
     world = World(torch.device("cpu")) if world is None else world
     return fit(
         ToyStage() if stage is None else stage,
-        ToyBatches(world.rank, world.size),
+        ToyBatches(world.rank, world.size) if batches is None else batches,
         replace(TRAIN, **changes),
         OPTIMS if optims is None else optims,
         run,
         evaluate=evaluate,
         resume=resume,
         world=world,
+        release=release,
     )
 
 

@@ -25,6 +25,7 @@ from lsgm.benchmark.few_step_runner import Bench, Measurement, PilotFits, run_th
 from lsgm.benchmark.overhead import Overhead, measure_overhead
 from lsgm.benchmark.reference_samplers import METHODS, reference_samplers
 from lsgm.configio import parse_command_line
+from lsgm.files import check_output
 from lsgm.solvers import GRIDS, SOLVERS, Solver, make_grid, make_solver
 from lsgm.training.precision import choose_device
 
@@ -228,6 +229,7 @@ def few_step_command(argv: Sequence[str]) -> None:
         FewStepOptions, argv, extra=(), prog="benchmark.py few-step", description=__doc__
     )
     options = line.config
+    check_output(Path(options.out) / "report.json")
     if options.run is None:
         case = mixture_case(options.samples, options.pilots, options.t_end)
     else:

@@ -20,7 +20,7 @@ from lsgm.configio import parse_command_line
 from lsgm.data import build_datasets
 from lsgm.errors import UserError
 from lsgm.evaluation.nll import evaluation_batches
-from lsgm.files import atomic_write, atomic_write_json
+from lsgm.files import atomic_write, atomic_write_json, check_output
 from lsgm.models import LSGM, build_prior, load, load_data_config
 from lsgm.score import MixedNormalScore
 from lsgm.sde import SDES, LinearSDE, largest_squared_distance, make_sde
@@ -350,9 +350,9 @@ def variance_command(argv: Sequence[str]) -> None:
         prog="benchmark.py variance",
         description=VarianceOptions.__doc__,
     ).config
-    rows = run_study(options) if options.run else synthetic_study(options)
     folder = Path(options.out or (Path(options.run) / "variance" if options.run else "variance"))
-    folder.mkdir(parents=True, exist_ok=True)
+    check_output(folder / "variance.json")
+    rows = run_study(options) if options.run else synthetic_study(options)
     print(f"{options.images} images, {options.repeats} draws an estimator\n")
     print(format_tables(rows))
     report = {"options": asdict(options), "rows": [asdict(row) for row in rows]}

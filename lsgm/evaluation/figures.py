@@ -56,8 +56,13 @@ def save_grid(grid: Tensor, path: Path, scale: int = 2) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``."""
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    """The lines of a ``metrics.jsonl``, without damaged ones; none if it is missing."""
+    lines = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict) and "phase" in line]
 
 
 def learning_curves(

@@ -37,9 +37,10 @@ from lsgm.evaluation.nll import (
     ode_nelbo,
     with_generators,
 )
-from lsgm.files import atomic_write_json
+from lsgm.files import atomic_write_json, check_output, sweep
 from lsgm.models import LSGM, VAEModel, load, load_data_config
 from lsgm.options import EvaluateOptions, require_run
+from lsgm.release import read_description
 from lsgm.sampling import draw_samples
 from lsgm.training.precision import choose_device
 
@@ -245,6 +246,7 @@ def evaluate(options: EvaluateOptions) -> None:
     if not options.run:
         require_run(None)
     folders = [Path(run) for run in options.run]
+    _check_outputs(folders, options)
     reports = [evaluate_run(folder, options, _report_folder(folder, options)) for folder in folders]
     print(format_table(reports))
     if options.json:
@@ -257,6 +259,20 @@ def evaluate(options: EvaluateOptions) -> None:
             if (f / "metrics.jsonl").is_file()
         }
         learning_curves(curves, Path(options.pictures) / "learning_curves.png")
+
+
+def _check_outputs(folders: Sequence[Path], options: EvaluateOptions) -> None:
+    """Find out before the work whether its results can be written."""
+    if options.json:
+        check_output(options.json)
+    for folder in folders:
+        read_description(folder)  # else an unknown run would get a folder for its report
+        if options.pictures:
+            check_output(Path(options.pictures) / folder.name / "samples.png")
+        if options.report:
+            out = _report_folder(folder, options) or folder / "evaluation"
+            check_output(out / "report.json")
+            sweep(out)
 
 
 def _report_folder(folder: Path, options: EvaluateOptions) -> Path | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lsgm.errors import UserError
-from lsgm.files import atomic_save
+from lsgm.files import atomic_save, sweep
 
 __all__ = ["CheckpointError", "Checkpoints"]
 
@@ -53,16 +53,14 @@ class Checkpoints:
         return sorted(int(m.group(1)) for m in matches if m)
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write the file of a step, then remove the oldest ones.
+        """Write the file of a step, then remove the oldest ones, and later ones: the run has gone
+        back to before them because they could not be used.
 
         Raises:
             OSError: If it cannot be written (disk full, say); the earlier files are untouched.
         """
         path = self.path(step)
-        # What a killed process left behind would fill the disk in the end.
-        for stray in self.folder.glob(".step_*.tmp"):
-            with contextlib.suppress(OSError):
-                stray.unlink()
+        sweep(self.folder, "step_*.pt")  # it would fill the disk in the end
         try:
             atomic_save(path, {"format": _FORMAT, "step": step, **state})
         except OSError as error:
@@ -71,9 +69,11 @@ class Checkpoints:
             raise OSError(
                 error.errno, f"{error.strerror} while saving a checkpoint ({kept})", str(path)
             ) from error
-        for old in self.steps()[: -self.keep]:
+        steps = self.steps()
+        last = steps.index(step) + 1
+        for other in (*steps[: max(0, last - self.keep)], *steps[last:]):
             with contextlib.suppress(OSError):
-                self.path(old).unlink()
+                self.path(other).unlink()
         return path
 
     def load(self, step: int) -> dict[str, Any]:
@@ -103,12 +103,15 @@ class Checkpoints:
         return state
 
     def latest(
-        self, report: Callable[[str], None] = warnings.warn
+        self,
+        report: Callable[[str], None] = warnings.warn,
+        fault: Callable[[dict[str, Any]], str | None] = lambda state: None,
     ) -> tuple[int, dict[str, Any]] | None:
         """Read the latest good checkpoint.
 
         Args:
-            report: Called with a line for each later checkpoint that is damaged.
+            report: Called with a line for each later checkpoint that cannot be used.
+            fault: Says what is wrong with the content of one that can be read, if anything is.
 
         Returns:
             Its step and content, or None if there is no file.
@@ -122,6 +125,10 @@ class Checkpoints:
                 state = self.load(step)
             except CheckpointError as error:
                 problems.append(str(error))
+                continue
+            wrong = fault(state)
+            if wrong is not None:
+                problems.append(f"{self.path(step)} cannot be used: {wrong}")
                 continue
             for problem in problems:
                 report(f"warning: {problem}; using {self.path(step).name} instead")

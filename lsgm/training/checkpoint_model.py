@@ -12,17 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsgm.config import LSGMTrainConfig, VAETrainConfig
-from lsgm.configio import load_run_config
-from lsgm.data import DataSpec, build_datasets
-from lsgm.datasgm import build_data_model
+from lsgm.data import DataSpec
 from lsgm.errors import UserError
 from lsgm.files import RunFolder
-from lsgm.models import BUILDERS, VAEModel, build_vae
-from lsgm.release import MISFITS, misfit
+from lsgm.models import BUILDERS
+from lsgm.release import MISFITS
 from lsgm.training.checkpoint import CheckpointError, Checkpoints
-from lsgm.training.data_runs import fit_noise
-from lsgm.training.runs import first_stage, lsgm_to_train
 from lsgm.training.state import architecture_mismatch
 
 __all__ = ["load_checkpoint"]
@@ -81,37 +76,23 @@ def _read(run: RunFolder, step: str) -> tuple[int, dict[str, Any]]:
 
 
 def _architecture(run: RunFolder) -> nn.Module:
-    """The model of the run with weights still to be read: by the description of a finished run, or
-    as training builds it, from the configuration and the data.
+    """The model of the run with weights still to be read, by what a finished run says of it, or by
+    what was written when the training began.
     """
     if run.info.is_file():
-        description = run.read_info()
-        try:
-            spec = DataSpec(**description["spec"])
-            model = BUILDERS[description["kind"]](description, spec)
-        except MISFITS as error:
-            raise misfit(run.path, error) from error
+        file, description = run.info, run.read_info()
+    elif run.start.is_file():
+        file, description = run.start, run.read_start()["model"]
     else:
-        model = _from_config(run)
+        names = f"{run.info.name} nor {run.start.name}"
+        raise UserError(f"--checkpoint: {run.path} has neither {names}")
+    try:
+        model = BUILDERS[description["kind"]](description, DataSpec(**description["spec"]))
+    except MISFITS as error:
+        raise UserError(f"{file}: damaged ({error})") from error
     if not all(hasattr(model, name) for name in ("spec", "to_images")):
         raise UserError(f"--run: {run.path} is a classifier, which makes no images")
     return model
-
-
-def _from_config(run: RunFolder) -> nn.Module:
-    config: Any = load_run_config(run.path)
-    if config.data is None:
-        raise UserError(f"{run.config}: data is missing")
-    datasets = build_datasets(config.data)
-    if isinstance(config, VAETrainConfig):
-        return VAEModel(build_vae(config.vae, datasets.spec), datasets.spec, config.vae)
-    if isinstance(config, LSGMTrainConfig):
-        # The channels that are left out are among the weights: no need to look for them again.
-        return lsgm_to_train(first_stage(config), config, datasets, find_inactive=False)
-    if config.kind == "classifier":
-        raise UserError(f"--run: {run.path} is a classifier, which makes no images")
-    score = fit_noise(config.kind, config.score, datasets)
-    return build_data_model(config.kind, score, config.sampler, datasets.spec)
 
 
 def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

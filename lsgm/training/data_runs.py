@@ -24,10 +24,11 @@ from lsgm.networks.classifier import Classifier
 from lsgm.noise_ladder import NoiseLadder
 from lsgm.sde import largest_squared_distance
 from lsgm.training.classifier_stage import ClassifierStage
-from lsgm.training.distributed import World, distributed
+from lsgm.training.distributed import distributed
 from lsgm.training.evaluation import evaluate_classifier, evaluate_score_model
-from lsgm.training.launch import fit_run, open_run
+from lsgm.training.launch import OpenRun, fit_run, open_run
 from lsgm.training.loop import EvalContext
+from lsgm.training.resume import Resume, release_notes
 from lsgm.training.score_stage import ScoreStage
 from lsgm.training.state import TrainState
 
@@ -37,24 +38,26 @@ MAX_SCAN_IMAGES = 10_000
 """Training images among which the largest distance is sought."""
 
 
-def train_ncsn(config: NCSNTrainConfig, out: str | None = None, *, resume: bool = False) -> Path:
+def train_ncsn(config: NCSNTrainConfig, out: str | None = None, *, resume: Resume = False) -> Path:
     """Train what ``config.kind`` names into the folder ``out`` (default ``runs/NAME``) and return
     it.
 
     Raises:
         UserError: The configuration does not fit the data, or the folder holds another run.
     """
-    with distributed(config.train.device, config.train.timeout_minutes) as world:
-        run, datasets = open_run(config, config.data, out, resume, world)
-        torch.manual_seed(config.train.seed)
-        train = _train_classifier if config.kind == "classifier" else _train_score
-        train(config, datasets, run, resume, world)
-    return run.path
+    with (
+        distributed(config.train.device, config.train.timeout_minutes) as world,
+        open_run(config, config.data, out, resume, world) as run,
+    ):
+        if not run.plan.finished:
+            train = _train_classifier if config.kind == "classifier" else _train_score
+            torch.manual_seed(config.train.seed)
+            train(config, run)
+    return run.folder.path
 
 
-def _train_score(
-    config: NCSNTrainConfig, datasets: Datasets, run: RunFolder, resume: bool, world: World
-) -> None:
+def _train_score(config: NCSNTrainConfig, run: OpenRun) -> None:
+    datasets, world = run.datasets, run.world
     score = fit_noise(config.kind, config.score, datasets)
     model = build_data_model(config.kind, score, config.sampler, datasets.spec)
     model.default_solver()  # a mistake in the section shows before the training
@@ -68,16 +71,15 @@ def _train_score(
 
     def release(state: TrainState) -> None:
         averaged = model.with_score(state.evaluation_models()["score"])
-        save(averaged, run.path, config.data, {"steps": state.step})
+        notes = release_notes(config.train, state.step)
+        save(averaged, run.folder.path, config.data, notes)
 
     fit_run(
         stage,
-        datasets,
+        model,
         config,
         {"score": config.optim},
         run,
-        resume,
-        world,
         evaluate=evaluate,
         release=release,
         draw_curves=lambda run: _curves(run, "score matching loss, a value of the image"),
@@ -101,9 +103,8 @@ def _summary(model: DataSGM, config: NCSNTrainConfig) -> str:
     )
 
 
-def _train_classifier(
-    config: NCSNTrainConfig, datasets: Datasets, run: RunFolder, resume: bool, world: World
-) -> None:
+def _train_classifier(config: NCSNTrainConfig, run: OpenRun) -> None:
+    datasets, world = run.datasets, run.world
     score = fit_noise(config.kind, config.score, datasets)
     model = build_classifier(config.classifier, score, datasets.spec)
     if world.is_main:
@@ -121,16 +122,15 @@ def _train_classifier(
 
     def release(state: TrainState) -> None:
         network = cast(Classifier, state.evaluation_models()["classifier"])
-        save(model.with_network(network), run.path, config.data, {"steps": state.step})
+        notes = release_notes(config.train, state.step)
+        save(model.with_network(network), run.folder.path, config.data, notes)
 
     fit_run(
         ClassifierStage(model, config.classifier.label_smoothing),
-        datasets,
+        model,
         config,
         {"classifier": config.optim},
         run,
-        resume,
-        world,
         evaluate=evaluate,
         release=release,
         draw_curves=lambda run: _curves(run, "cross-entropy of the label, nats"),

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from lsgm.config import DataConfig, OptimConfig, TrainConfig
-from lsgm.configio import save_config
 from lsgm.data import Batches, Datasets, build_datasets, fitting_batch_size
 from lsgm.errors import UserError
-from lsgm.files import RunFolder
+from lsgm.files import RunFolder, atomic_write_json
+from lsgm.locks import FolderLock
+from lsgm.release import Described
 from lsgm.training.best import BestWeights
 from lsgm.training.distributed import World, on_main
 from lsgm.training.loop import EvalContext, fit
+from lsgm.training.resume import Plan, Resume, plan, record_changes
 from lsgm.training.state import Stage, TrainState
 
-__all__ = ["RunConfig", "fit_run", "open_run"]
+__all__ = ["OpenRun", "RunConfig", "fit_run", "open_run"]
 
 
 class RunConfig(Protocol):
@@ -34,48 +39,108 @@ class RunConfig(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class OpenRun:
+    """A run folder that this run alone may write.
+
+    Args:
+        folder: The folder.
+        plan: Whether the run starts, goes on or is finished.
+        data: Which images.
+        world: The processes.
+    """
+
+    folder: RunFolder
+    plan: Plan
+    data: DataConfig
+    world: World
+
+    @functools.cached_property
+    def datasets(self) -> Datasets:
+        """The images.
+
+        Raises:
+            UserError: They are missing.
+        """
+        built: list[Datasets] = []
+
+        def build() -> None:
+            built.append(build_datasets(self.data))
+            print(built[0].summary(), flush=True)
+
+        # The main process downloads what is missing before the others look.
+        on_main(self.world, build)
+        return built[0] if built else build_datasets(self.data)
+
+    def begun_with(self) -> dict[str, Any] | None:
+        """The description of the model that a run which goes on was begun with; None for a new run
+        and for those of older versions, which kept none.
+        """
+        if not self.plan.resume or not self.folder.start.exists():
+            return None
+        return self.folder.read_start()["model"]
+
+
+@contextlib.contextmanager
 def open_run(
-    config: RunConfig, data: DataConfig, out: str | None, resume: bool, world: World
-) -> tuple[RunFolder, Datasets]:
-    """The run's folder ``out`` (default ``runs/NAME``), not yet made but checked to be free (or to
-    hold a run, in a resume), and the data.
+    config: RunConfig, data: DataConfig, out: str | None, resume: Resume, world: World
+) -> Iterator[OpenRun]:
+    """The run's folder ``out`` (default ``runs/NAME``), locked until the block ends and checked to
+    be free (or to hold a run, in a resume). Nothing is written there yet.
 
     Raises:
-        UserError: The folder is not free, or the data are missing.
+        UserError: The folder is not free, is in use by another process, or holds a run that the
+            configuration does not fit.
     """
     run = RunFolder(Path(out or Path("runs") / config.name))
-    on_main(world, lambda: run.check(resume))
-    built: list[Datasets] = []
+    lock = FolderLock(run.path)
 
-    def build() -> None:
-        built.append(build_datasets(data))
-        print(built[0].summary(), flush=True)
+    def begin() -> Plan:
+        lock.acquire()
+        run.sweep()
+        chosen = plan(run, config, resume)
+        if chosen.finished:
+            print(f"{run.path}: the run is finished; give more --train.epochs to train on")
+        for line in chosen.lines():
+            print(line, file=sys.stderr, flush=True)
+        return chosen
 
-    # The main process downloads what is missing before the others look.
-    on_main(world, build)
-    return run, built[0] if built else build_datasets(data)
+    try:
+        yield OpenRun(run, on_main(world, begin), data, world)
+    finally:
+        lock.release()
 
 
 def fit_run(
     stage: Stage,
-    datasets: Datasets,
+    model: Described,
     config: RunConfig,
     optims: Mapping[str, OptimConfig],
-    run: RunFolder,
-    resume: bool,
-    world: World,
+    run: OpenRun,
     *,
     evaluate: Callable[[EvalContext], Mapping[str, float | None]],
     release: Callable[[TrainState], None],
     draw_curves: Callable[[RunFolder], None] | None = None,
     labels: bool = False,
 ) -> None:
-    """Train ``stage`` in the run's folder; ``labels``: on images with their classes. A batch that
-    is larger than the data becomes as large as they are.
+    """Train ``stage`` in the run's folder. A batch that is larger than the data becomes as large as
+    they are.
+
+    Args:
+        stage: What is trained.
+        model: The model in it.
+        config: The configuration.
+        optims: Optimizer of each side.
+        run: The folder.
+        evaluate: See :func:`lsgm.training.loop.fit`.
+        release: Writes the trained model.
+        draw_curves: Called on the main process after every evaluation is in the log.
+        labels: Train on images with their classes.
 
     Raises:
         UserError: The batch does not divide, or what :func:`lsgm.training.loop.fit` raises.
     """
+    world, folder, datasets = run.world, run.folder, run.datasets
     train = _fitted(config.train, len(datasets.train), world)
     try:
         batches = Batches(
@@ -90,30 +155,46 @@ def fit_run(
     except ValueError as error:
         raise UserError(f"train.batch_size: {error}") from None
 
+    if run.plan.resume and folder.start.exists():
+        _check_images(folder, len(datasets.train))
     on_main(world, datasets.read_all)
 
-    def prepare() -> None:
+    def on_start(step: int) -> None:
         # Only now that data and model have been built: a mistake leaves no folder in the way.
-        (RunFolder.resume if resume else RunFolder.create)(run.path)
-        if not run.config.exists():
-            save_config(config, run.config)
+        folder.make()
+        if not run.plan.resume:
+            start = {
+                "model": {"kind": model.kind, **model.describe()},
+                "train_images": len(datasets.train),
+            }
+            atomic_write_json(folder.start, start)
+        record_changes(folder, config, run.plan, step)
 
-    on_main(world, prepare)
     if train.release == "best":
-        best = BestWeights(run, world)
+        best = BestWeights(folder, world)
         evaluate, release = best.watch(evaluate), best.releasing(release)
     fit(
         stage,
         batches,
         train,
         optims,
-        run,
+        folder,
         evaluate=evaluate,
-        resume=resume,
+        resume=run.plan.resume,
         world=world,
         release=release,
         draw_curves=draw_curves,
+        on_start=on_start,
     )
+
+
+def _check_images(run: RunFolder, now: int) -> None:
+    begun_with = run.read_start()["train_images"]
+    if begun_with != now:
+        raise UserError(
+            f"data: {run.path} was begun with {begun_with} training images, there are {now} now; "
+            "an epoch cannot go on with others"
+        )
 
 
 def _fitted(train: TrainConfig, num_images: int, world: World) -> TrainConfig:

@@ -13,7 +13,7 @@ from tensorboardX import SummaryWriter
 from torch import Tensor
 from tqdm import tqdm
 
-from lsgm.files import RunFolder, json_text
+from lsgm.files import RunFolder, json_text, open_log
 from lsgm.training.distributed import World, all_mean
 
 __all__ = ["MeanMetrics", "RunLogger"]
@@ -112,9 +112,7 @@ class RunLogger:
         if not self.enabled:
             return
         self.close()
-        self._file = open(self.run.metrics, "ab")  # noqa: SIM115
-        if self._file.seek(0, 2) > length:
-            self._file.truncate(length)
+        self._file = open_log(self.run.metrics, length, self.say)
         self._writer = SummaryWriter(str(self.run.path), purge_step=step + 1 if step else None)
         if self.stream.isatty():
             self._bar = tqdm(

@@ -22,7 +22,7 @@ from lsgm.errors import UserError
 from lsgm.files import RunFolder
 from lsgm.training.checkpoint import Checkpoints
 from lsgm.training.distributed import World, on_main, wrap
-from lsgm.training.interrupt import StopSignal, TrainingInterrupted, resume_command
+from lsgm.training.interrupt import StopNow, StopSignal, TrainingInterrupted, resume_command
 from lsgm.training.logging import MeanMetrics, RunLogger
 from lsgm.training.precision import choose_device, make_scaler
 from lsgm.training.state import Stage, TrainState
@@ -113,6 +113,7 @@ def fit(
     world: World | None = None,
     release: Callable[[TrainState], None] | None = None,
     draw_curves: DrawCurves | None = None,
+    on_start: Callable[[int], None] | None = None,
 ) -> FitResult:
     """Train a stage to the end.
 
@@ -129,18 +130,20 @@ def fit(
             one alone.
         release: Called on the main process after the last checkpoint.
         draw_curves: Called on the main process after every evaluation is in the log.
+        on_start: Called on the main process with the step that the run starts from or goes on
+            from, when it is sure to do so and before anything is written.
 
     Raises:
-        TrainingInterrupted: After Ctrl-C or SIGTERM, with a checkpoint saved.
-        UserError: If the batch does not divide, a checkpoint does not fit, or training keeps
-            producing NaN.
+        TrainingInterrupted: After Ctrl-C, SIGTERM, SIGHUP or SIGUSR1, with a checkpoint saved.
+        UserError: If the batch does not divide, a checkpoint does not fit or is beyond the end of
+            the run, or training keeps producing NaN.
         OSError: If a file cannot be written.
     """
     world = World(choose_device(config.device)) if world is None else world
     trainer = _Trainer(stage, batches, config, optims, run, world, evaluate, draw_curves)
     try:
-        with StopSignal() as stop:
-            trainer.begin(resume)
+        with StopSignal(world.is_main) as stop:
+            trainer.begin(resume, on_start or (lambda step: None))
             trainer.train(stop)
         if release is not None and world.is_main:
             release(trainer.state)
@@ -173,8 +176,6 @@ class _Trainer:
             )
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        total = config.epochs * batches.steps_per_epoch
-        self.total_steps = total if config.max_steps is None else min(total, config.max_steps)
         self.batches = batches
         self.config = config
         self.run = run
@@ -188,7 +189,7 @@ class _Trainer:
             stage,
             optims,
             make_scaler(world.device, config.precision),
-            total_steps=self.total_steps,
+            total_steps=_total_steps(config, batches),
             steps_per_epoch=batches.steps_per_epoch,
         )
         stage.use_average({name: ema.module for name, ema in self.state.ema_models().items()})
@@ -202,10 +203,12 @@ class _Trainer:
             self.state, wrap(stage, world, find_unused_parameters=unused), config, world
         )
         self.checkpoints = Checkpoints(run.checkpoints, config.keep_checkpoints)
-        self.logger = RunLogger(run, self.total_steps, enabled=world.is_main)
+        self.logger = RunLogger(run, self.state.total_steps, enabled=world.is_main)
         self.means = MeanMetrics(world.device)
         self.rates: Mapping[str, float] = {}
         self.skipped_in_a_row = 0
+        self.first_fault = ""
+        self.saved_step = -1
         self.save_due = False
         self.last_evaluation: Mapping[str, float | None] = {}
         self.clock: float | None = None
@@ -214,14 +217,18 @@ class _Trainer:
 
     # Beginning and end
 
-    def begin(self, resume: bool) -> None:
+    def begin(self, resume: bool, on_start: Callable[[int], None]) -> None:
         """Start at step 0 or at the last good checkpoint."""
-        if resume and self.load():
-            self.logger.say(f"resumed at step {self.state.step} of {self.total_steps}")
+        if resume and self.load(on_start):
+            self.logger.say(f"resumed at step {self.state.step} of {self.state.total_steps}")
             return
+        on_main(self.world, lambda: on_start(0))
         self.logger.open(0)
         if resume:
             self.logger.say("no checkpoint yet: starting from the beginning")
+        fault = self.state.non_finite()
+        if fault is not None:
+            raise UserError(f"training cannot start: {fault}")
         self.save()  # so that there is always one to return to
 
     def close(self) -> None:
@@ -233,33 +240,36 @@ class _Trainer:
 
     def train(self, stop: StopSignal) -> None:
         """Run to the last step."""
-        self.evaluate_if_due()
+        self.evaluate_if_due(stop)
         self.start_clock()
-        while self.state.step < self.total_steps:
+        while self.state.step < self.state.total_steps:
             for images in self.rest_of_epoch():
                 assert self.step is not None
                 result = self.step(images, stop)
                 self.record(result)
                 if self.skipped_in_a_row >= PATIENCE:
-                    self.return_to_checkpoint()
+                    self.return_to_checkpoint(
+                        f"{PATIENCE} steps in a row gave NaN or infinity (first {self.first_fault})"
+                    )
                     break
-                step, last = self.state.step, self.state.step == self.total_steps
+                step, last = self.state.step, self.state.step == self.state.total_steps
                 if step % self.config.log_every == 0 or last:
                     self.log()
                 self.save_due |= step % self.config.checkpoint_every == 0
                 # Not amid bad steps: the checkpoint is what a return would go back to.
+                saved = True
                 if last or result.stop or (self.save_due and result.applied):
-                    self.save()
-                if result.stop and not last:
-                    message = f"stopped at step {step}; continue with: {resume_command()}"
-                    self.logger.say(message)
-                    raise TrainingInterrupted(message, stop.number or signal.SIGINT)
-                self.evaluate_if_due()
+                    saved = self.save()
+                if result.stop and not (last and saved):
+                    raise self.interrupted(stop.number)
+                if not saved:
+                    break
+                self.evaluate_if_due(stop)
 
     def rest_of_epoch(self) -> Iterator[Tensor]:
         """This process's batches from the present step to the end of the epoch or the run."""
-        epoch, start = divmod(self.state.step, self.batches.steps_per_epoch)
-        left = self.total_steps - self.state.step
+        epoch, start = divmod(self.state.position, self.batches.steps_per_epoch)
+        left = self.state.total_steps - self.state.step
         for done, (_, images) in enumerate(self.batches.epoch(epoch, start), start=1):
             yield images
             if done == left:
@@ -269,6 +279,8 @@ class _Trainer:
         """Count a step and take in its metrics."""
         self.rates = result.rates
         self.steps_since_log += 1
+        if self.skipped_in_a_row == 0 and not result.applied:
+            self.first_fault = f"at step {self.state.step}: {result.fault}"
         self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + 1
         if result.applied:
             for metrics in result.metrics:
@@ -277,24 +289,46 @@ class _Trainer:
 
     # Checkpoints
 
-    def save(self) -> None:
-        """Write a checkpoint."""
+    def save(self, means: list[dict[str, Any]] | None = None) -> bool:
+        """Write a checkpoint; or, if weights, averages or optimizers are no longer finite, go back
+        to the last one and return False.
+
+        Args:
+            means: The running means over all processes, if they have been taken already.
+        """
         self.read_clock()
         state = self.state.state_dict()
-        state["means"] = self.means.state_dict(self.world)
+        fault = on_main(self.world, lambda: self.state.non_finite(state))
+        if fault is not None:
+            self.return_to_checkpoint(f"after step {self.state.step} {fault}")
+            return False
+        self.write_checkpoint(state, self.means.state_dict(self.world) if means is None else means)
+        return True
+
+    def write_checkpoint(self, state: dict[str, Any], means: list[dict[str, Any]]) -> None:
+        """Write a checkpoint of finite weights; needs no other process."""
+        state["means"] = means
         state["since_log"] = [self.steps_since_log, self.seconds_since_log]
         state["metrics_length"] = self.logger.length
+        state["batch_size"] = self.config.batch_size
         if self.world.is_main:
             self.checkpoints.save(self.state.step, state)
+        self.saved_step = self.state.step
         self.save_due = False
         self.start_clock()
 
-    def load(self) -> bool:
+    def interrupted(self, number: int) -> TrainingInterrupted:
+        """What to raise, after saying it, once a checkpoint of the present step is written."""
+        message = f"stopped at step {self.state.step}; continue with: {resume_command()}"
+        self.logger.say(message)
+        return TrainingInterrupted(message, number or signal.SIGINT)
+
+    def load(self, on_start: Callable[[int], None] = lambda step: None) -> bool:
         """Go to the last good checkpoint, log included; False if there is none."""
         found: list[tuple[int, dict[str, Any]]] = []
 
         def find() -> int | None:
-            latest = self.checkpoints.latest(self.logger.say)
+            latest = self.checkpoints.latest(self.logger.say, self.state.non_finite)
             if latest is not None:
                 found.append(latest)
             return None if latest is None else latest[0]
@@ -303,14 +337,31 @@ class _Trainer:
         if step is None:
             return False
         state = found[0][1] if found else self.checkpoints.load(step)
-        self.state.load_state_dict(state, str(self.checkpoints.path(step)))
+        batch_size = state.get("batch_size", self.config.batch_size)
+        self.state.load_state_dict(
+            state,
+            str(self.checkpoints.path(step)),
+            another_batch=batch_size != self.config.batch_size,
+        )
+        self.state.total_steps = _total_steps(self.config, self.batches, self.state.counters.offset)
+        if step > self.state.total_steps:
+            raise UserError(
+                f"train.epochs, train.max_steps: the run is at step {step} already, they end it at "
+                f"step {self.state.total_steps}"
+            )
         self.means.load_state_dict(state["means"])
         self.steps_since_log, self.seconds_since_log = state["since_log"]
+        self.saved_step = step
+        on_main(self.world, lambda: on_start(step))
+        self.logger.total_steps = self.state.total_steps
         self.logger.open(self.state.step, state["metrics_length"])
         return True
 
-    def return_to_checkpoint(self) -> None:
+    def return_to_checkpoint(self, reason: str) -> None:
         """Go back to the last checkpoint, with half the learning rates and other noise.
+
+        Args:
+            reason: What went wrong, in words.
 
         Raises:
             UserError: After several returns.
@@ -318,7 +369,7 @@ class _Trainer:
         counters = self.state.counters
         failed_at, returns = counters.step, counters.returns + 1
         multiplier, seconds = counters.lr_multiplier / 2, counters.train_seconds
-        reason = f"{PATIENCE} steps in a row gave NaN or infinity (the last was step {failed_at})"
+        skipped = counters.skipped
         if returns > MAX_RETURNS:
             raise UserError(
                 f"{reason}, after {MAX_RETURNS} returns to a checkpoint: training diverges; try a "
@@ -328,7 +379,7 @@ class _Trainer:
             raise UserError(f"{reason}, and {self.run.checkpoints} holds no checkpoint any more")
         counters = self.state.counters
         counters.returns, counters.lr_multiplier = returns, multiplier
-        counters.train_seconds, counters.skipped = seconds, counters.skipped + PATIENCE
+        counters.train_seconds, counters.skipped = seconds, skipped
         self.skipped_in_a_row = 0
         self.logger.say(
             f"{reason}: back to step {counters.step}, learning rates x {multiplier:g} "
@@ -344,7 +395,7 @@ class _Trainer:
         """Write the means since the last line."""
         self.read_clock()
         counters = self.state.counters
-        epoch = counters.step / self.batches.steps_per_epoch
+        epoch = self.state.position / self.batches.steps_per_epoch
         means = self.means.mean(self.world)
         seconds_per_step = self.seconds_since_log / max(1, self.steps_since_log)
         speed = self.config.batch_size / seconds_per_step if seconds_per_step > 0 else 0.0
@@ -365,13 +416,19 @@ class _Trainer:
         self.means.reset()
         self.steps_since_log, self.seconds_since_log = 0, 0.0
 
-    def evaluate_if_due(self) -> None:
-        """Evaluate the averaged models (live ones where there is no average) if it is time."""
+    def evaluate_if_due(self, stop: StopSignal) -> None:
+        """Evaluate the averaged models (live ones where there is no average) if it is time.
+
+        Raises:
+            TrainingInterrupted: By a signal meanwhile, with a checkpoint of this step saved.
+        """
         step, spacing = self.state.step, self.config.eval_every * self.batches.steps_per_epoch
-        due = step > 0 and (step % spacing == 0 or step == self.total_steps)
+        last = step == self.state.total_steps
+        due = step > 0 and (self.state.position % spacing == 0 or last)
         if self.evaluate is None or not due or self.state.counters.evaluated >= step:
             return
         self.read_clock()
+        means = self.means.state_dict(self.world)  # while the other processes are here
         models = self.state.evaluation_models()
         self.stage.eval()
         for model in models.values():
@@ -380,8 +437,8 @@ class _Trainer:
             stage=self.stage,
             models=models,
             step=step,
-            epoch=step // self.batches.steps_per_epoch,
-            total_steps=self.total_steps,
+            epoch=self.state.position // self.batches.steps_per_epoch,
+            total_steps=self.state.total_steps,
             config=self.config,
             run=self.run,
             world=self.world,
@@ -389,8 +446,14 @@ class _Trainer:
             bar=self.logger.bar,
         )
         start = time.perf_counter()
-        with torch.no_grad():
-            results = dict(self.evaluate(context))
+        try:
+            with torch.no_grad(), stop.at_once():
+                results = dict(self.evaluate(context))
+        except StopNow as signalled:
+            # The other processes may be anywhere: no more waiting for them.
+            if self.saved_step != step:
+                self.write_checkpoint(self.state.state_dict(), means)
+            raise self.interrupted(signalled.number) from None
         cost = time.perf_counter() - start
         self.stage.train()
         self.state.counters.evaluated = step
@@ -422,3 +485,9 @@ class _Trainer:
         self.state.counters.train_seconds += now - self.clock
         self.seconds_since_log += now - self.clock
         self.clock = now
+
+
+def _total_steps(config: TrainConfig, batches: BatchSource, offset: int = 0) -> int:
+    """Optimizer steps of the run whose position is ``offset`` ahead of its steps."""
+    total = config.epochs * batches.steps_per_epoch - offset
+    return total if config.max_steps is None else min(total, config.max_steps)

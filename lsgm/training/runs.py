@@ -10,55 +10,51 @@ from typing import Any
 
 import torch
 
-from lsgm.config import DataConfig, LSGMTrainConfig, PriorConfig, VAETrainConfig
-from lsgm.data import Batches, Datasets, fitting_batch_size, preprocess
+from lsgm.config import LSGMTrainConfig, PriorConfig, VAETrainConfig
+from lsgm.data import Batches, Datasets, DataSpec, fitting_batch_size, preprocess
 from lsgm.errors import UserError
 from lsgm.evaluation.figures import learning_curves, read_metrics
 from lsgm.files import RunFolder
-from lsgm.models import LSGM, VAEModel, build_prior, build_vae, load, save
+from lsgm.models import BUILDERS, LSGM, VAEModel, build_prior, build_vae, load, save
+from lsgm.release import MISFITS
 from lsgm.sde import largest_squared_distance
-from lsgm.training.distributed import World, distributed
+from lsgm.training.distributed import distributed
 from lsgm.training.evaluation import evaluate_vae
-from lsgm.training.launch import fit_run, open_run
+from lsgm.training.launch import OpenRun, fit_run, open_run
 from lsgm.training.loop import EvalContext
+from lsgm.training.resume import Resume, release_notes
 from lsgm.training.stages import LSGMStage, VAEStage
 from lsgm.training.state import Stage, TrainState
 from vae.objective import active_channels, kl_per_channel
 
-__all__ = ["first_stage", "lsgm_to_train", "train_lsgm", "train_vae"]
+__all__ = ["train_lsgm", "train_vae"]
 
 MAX_SCAN_BATCHES = 1001
 """Training batches that the search for inactive latent channels reads at most."""
 
 
-def train_vae(config: VAETrainConfig, out: str | None = None, *, resume: bool = False) -> Path:
+def train_vae(config: VAETrainConfig, out: str | None = None, *, resume: Resume = False) -> Path:
     """Train the first stage into the folder ``out`` (default ``runs/NAME``) and return it.
 
     Raises:
         UserError: The configuration does not fit the data, or the folder holds another run.
     """
-    with distributed(config.train.device, config.train.timeout_minutes) as world:
-        run, datasets = open_run(config, config.data, out, resume, world)
-        torch.manual_seed(config.train.seed)
-        model = VAEModel(build_vae(config.vae, datasets.spec), datasets.spec, config.vae)
-        stage = VAEStage(model, config.objective)
-        _fit(
-            stage,
-            model,
-            datasets,
-            config,
-            config.data,
-            {"vae": config.optim_vae},
-            run,
-            resume,
-            world,
-        )
-    return run.path
+    with (
+        distributed(config.train.device, config.train.timeout_minutes) as world,
+        open_run(config, config.data, out, resume, world) as run,
+    ):
+        if not run.plan.finished:
+            torch.manual_seed(config.train.seed)
+            spec = run.datasets.spec
+            model = VAEModel(build_vae(config.vae, spec), spec, config.vae)
+            stage = VAEStage(model, config.objective)
+            _fit(stage, model, config, {"vae": config.optim_vae}, run)
+    return run.folder.path
 
 
-def train_lsgm(config: LSGMTrainConfig, out: str | None = None, *, resume: bool = False) -> Path:
+def train_lsgm(config: LSGMTrainConfig, out: str | None = None, *, resume: Resume = False) -> Path:
     """Train the second stage into ``out`` (default ``runs/NAME``) and return the folder: over the
-    VAE of ``config.vae_run``, or from the LSGM of ``config.lsgm_run`` on.
+    VAE of ``config.vae_run``, or from the LSGM of ``config.lsgm_run`` on. A resume needs neither.
 
     Raises:
         UserError: There is no finished run to start from, it does not fit the data or the
@@ -66,36 +62,48 @@ def train_lsgm(config: LSGMTrainConfig, out: str | None = None, *, resume: bool 
     """
     if config.data is None or (config.vae_run or config.lsgm_run) is None:
         raise UserError("--vae: give the folder of a finished VAE run, for example --vae runs/vae")
-    with distributed(config.train.device, config.train.timeout_minutes) as world:
-        first = first_stage(config)
-        run, datasets = open_run(config, config.data, out, resume, world)
-        if not _same_images(first, datasets):
-            source = config.lsgm_run or config.vae_run
-            raise UserError(
-                f"{source}: it is not a model of {datasets.spec.name} images of this size"
-            )
-        torch.manual_seed(config.train.seed)
-        model = lsgm_to_train(first, config, datasets)
-        stage = LSGMStage(model, config.objective, model.prior_config)
-        optims = {"prior": config.optim_prior}
-        if stage.trains_vae:
-            optims["vae"] = config.optim_vae
-        _fit(stage, model, datasets, config, config.data, optims, run, resume, world)
-    return run.path
+    with (
+        distributed(config.train.device, config.train.timeout_minutes) as world,
+        open_run(config, config.data, out, resume, world) as run,
+    ):
+        if not run.plan.finished:
+            described = run.begun_with()
+            if described is None:
+                model = _begin(config, run.datasets)
+            else:
+                model = _begun(described, config, run.folder)
+            stage = LSGMStage(model, config.objective, model.prior_config)
+            optims = {"prior": config.optim_prior}
+            if stage.trains_vae:
+                optims["vae"] = config.optim_vae
+            _fit(stage, model, config, optims, run)
+    return run.folder.path
 
 
-def lsgm_to_train(
-    first: VAEModel, config: LSGMTrainConfig, datasets: Datasets, *, find_inactive: bool = True
-) -> LSGM:
-    """The model before its first step, over the VAE ``first`` or from that LSGM on; without
-    ``find_inactive`` no channel is left out yet, whatever ``prior.drop_inactive`` says.
-    """
+def _begin(config: LSGMTrainConfig, datasets: Datasets) -> LSGM:
+    """The model before its first step."""
+    first = _first_stage(config)
+    if not _same_images(first, datasets):
+        source = config.lsgm_run or config.vae_run
+        raise UserError(f"{source}: it is not a model of {datasets.spec.name} images of this size")
+    torch.manual_seed(config.train.seed)
     if config.lsgm_run is not None:
         return _continued(first, config)
-    return _with_new_prior(first, config, datasets, find_inactive)
+    return _with_new_prior(first, config, datasets)
 
 
-def first_stage(config: LSGMTrainConfig) -> VAEModel:
+def _begun(description: dict[str, Any], config: LSGMTrainConfig, run: RunFolder) -> LSGM:
+    """The model of a run to go on with, as it was built; its weights are in the checkpoint."""
+    try:
+        model = BUILDERS[LSGM.kind](description, DataSpec(**description["spec"]))
+    except MISFITS as error:
+        raise UserError(f"{run.start}: damaged ({error})") from error
+    assert isinstance(model, LSGM)
+    prior = replace(config.prior, sde=model.prior_config.sde)
+    return LSGM(model.vae, model.score, model.spec, model.vae_config, prior)
+
+
+def _first_stage(config: LSGMTrainConfig) -> VAEModel:
     """The model that the second stage starts from."""
     first: Any = load(config.lsgm_run or config.vae_run or "")
     if config.lsgm_run is not None:
@@ -126,14 +134,12 @@ def _check_prior(first: LSGM, config: LSGMTrainConfig) -> None:
         raise UserError(f"add_context_blocks: {config.lsgm_run} has a decoder without a context")
 
 
-def _with_new_prior(
-    first: VAEModel, config: LSGMTrainConfig, datasets: Datasets, find_inactive: bool
-) -> LSGM:
+def _with_new_prior(first: VAEModel, config: LSGMTrainConfig, datasets: Datasets) -> LSGM:
     """The trained VAE and an untrained prior."""
     prior = _fit_sde(config.prior, first, datasets, config.train.batch_size)
     score = build_prior(prior, first.vae)
     model = LSGM(first.vae, score, datasets.spec, first.vae_config, prior)
-    if prior.drop_inactive and find_inactive:
+    if prior.drop_inactive:
         score.deactivate(_inactive_channels(model, datasets, config.train.batch_size))
     return model
 
@@ -164,35 +170,32 @@ def _same_images(model: VAEModel, datasets: Datasets) -> bool:
 def _fit(
     stage: Stage,
     model: VAEModel,
-    datasets: Datasets,
     config: VAETrainConfig | LSGMTrainConfig,
-    data: DataConfig,
     optims: Mapping[str, Any],
-    run: RunFolder,
-    resume: bool,
-    world: World,
+    run: OpenRun,
 ) -> None:
+    data, datasets = run.data, run.datasets
+
     def evaluate(context: EvalContext) -> Mapping[str, float | None]:
         averaged = with_weights(model, context.models)
         return evaluate_vae(averaged, datasets, data, context)
 
     def release(state: TrainState) -> None:
         averaged = _unmasked(with_weights(model, state.evaluation_models()))
-        save(averaged, run.path, data, {"steps": state.step})
+        notes = release_notes(config.train, state.step)
+        save(averaged, run.folder.path, data, notes)
 
-    def draw_curves(run: RunFolder) -> None:
-        lines = {run.path.name: read_metrics(run.metrics)}
+    def draw_curves(folder: RunFolder) -> None:
+        lines = {folder.path.name: read_metrics(folder.metrics)}
         num_dims = None if model.spec.binary else model.spec.num_dims
-        learning_curves(lines, run.path / "curves.png", num_dims=num_dims)
+        learning_curves(lines, folder.path / "curves.png", num_dims=num_dims)
 
     fit_run(
         stage,
-        datasets,
+        model,
         config,
         optims,
         run,
-        resume,
-        world,
         evaluate=evaluate,
         release=release,
         draw_curves=draw_curves,

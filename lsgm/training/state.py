@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
@@ -27,6 +28,7 @@ __all__ = [
     "StepOutput",
     "TrainState",
     "architecture_mismatch",
+    "first_non_finite",
 ]
 
 
@@ -35,8 +37,8 @@ class StepContext:
     """Where the run stands in a forward pass.
 
     Args:
-        step: Optimizer steps done so far.
-        total_steps: Optimizer steps of the whole run.
+        step: Optimizer steps done so far, counted in batches of the present size.
+        total_steps: Optimizer steps of the whole run, counted alike.
         rng: Source of all noise of this pass.
         loss_scale: Factor that the loss gets before its backward pass, a scalar; a stage that
             differentiates by itself uses it too.
@@ -138,6 +140,8 @@ class Counters:
     """Time spent in training, in seconds, without evaluations."""
     evaluated: int = -1
     """Step of the last evaluation."""
+    offset: int = 0
+    """Position in the data minus steps: not 0 after a resume with another batch size."""
 
 
 class TrainState:
@@ -191,9 +195,48 @@ class TrainState:
         return self.counters.step
 
     @property
+    def position(self) -> int:
+        """Steps that would have led here with the present batch size from the start: where the run
+        stands in its epochs, schedules and annealing.
+        """
+        return self.counters.step + self.counters.offset
+
+    @property
+    def end(self) -> int:
+        """Position at the end of the run."""
+        return self.total_steps + self.counters.offset
+
+    @property
     def epoch(self) -> int:
         """Index of the epoch that the next step belongs to."""
-        return self.counters.step // self.steps_per_epoch
+        return self.position // self.steps_per_epoch
+
+    def non_finite(self, state: Mapping[str, Any] | None = None) -> str | None:
+        """The first NaN or infinity in weights, averages and optimizers: whose it is, in words.
+
+        Args:
+            state: What :meth:`state_dict` returned; by default that of now.
+        """
+        state = self.state_dict() if state is None else state
+        path = first_non_finite({key: state[key] for key in ("weights", "extra", "ema")})
+        path = path or first_non_finite(state["optimizers"], ("optimizers",))
+        return None if path is None else self._in_words(path)
+
+    def _in_words(self, path: tuple[str, ...]) -> str:
+        kind, *rest = path
+        if kind == "weights":
+            key = rest[0]
+            owners = {id(module): name for name, module in self.stage.named_modules()}
+            sides = [n for n, s in self.sides.items() if key.startswith(f"{owners[id(s.module)]}.")]
+            return f"{key} (weights of {sides[0] if sides else 'no side'}) is NaN or infinite"
+        if kind == "ema":
+            return f"{rest[1].removeprefix('module.')} (average of {rest[0]}) is NaN or infinite"
+        if kind == "optimizers" and rest[1] == "state":
+            side = self.sides[rest[0]]
+            names = {id(p): name for name, p in side.module.named_parameters()}
+            name = names[id(side.parameters[int(rest[2])])]
+            return f"{rest[3]} of {name} (optimizer of {rest[0]}) is NaN or infinite"
+        return f"{'.'.join(path)} is NaN or infinite"
 
     def ema_models(self) -> dict[str, EMA]:
         """Return the averages by name of their side; ``.module`` is the averaged module."""
@@ -215,11 +258,13 @@ class TrainState:
                 config.lr,
                 config.lr_min,
                 config.warmup_steps,
-                self.total_steps,
+                self.end,
                 self.steps_per_epoch,
             )
+            # A larger batch does not bring the warm-up back.
+            position = max(self.position, min(self.step, config.warmup_steps))
             rates[name] = (
-                learning_rate(config.schedule, schedule, self.step) * self.counters.lr_multiplier
+                learning_rate(config.schedule, schedule, position) * self.counters.lr_multiplier
             )
             for group in side.optimizer.param_groups:
                 group["lr"] = rates[name]
@@ -240,12 +285,16 @@ class TrainState:
             "steps_per_epoch": self.steps_per_epoch,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], source: str) -> None:
+    def load_state_dict(
+        self, state: Mapping[str, Any], source: str, *, another_batch: bool = False
+    ) -> None:
         """Take back what :meth:`state_dict` returned. Nothing changes if it does not fit.
 
         Args:
             state: The state.
             source: Where it comes from, for messages.
+            another_batch: It was saved with another batch size: an epoch may have another number of
+                steps, and goes on after the same share of its images.
 
         Raises:
             UserError: If it belongs to another architecture, optimizer or length of epoch.
@@ -260,10 +309,10 @@ class TrainState:
             raise UserError(
                 f"{source} was trained with optimizers {state['rules']}, this run asks for {rules}"
             )
-        if state["steps_per_epoch"] != self.steps_per_epoch:
+        if state["steps_per_epoch"] != self.steps_per_epoch and not another_batch:
             raise UserError(
                 f"{source} was trained with {state['steps_per_epoch']} steps an epoch, this run "
-                f"has {self.steps_per_epoch}: keep the data and train.batch_size of the run"
+                f"has {self.steps_per_epoch}: the data are not those of the run"
             )
         self.stage.load_state_dict(state["weights"])
         self.stage.load_extra_state(state["extra"])
@@ -274,6 +323,34 @@ class TrainState:
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.counters = Counters(**state["counters"])
+        before, now = state["steps_per_epoch"], self.steps_per_epoch
+        if before != now:
+            epoch, done = divmod(self.position, before)
+            self.counters.offset = epoch * now + done * now // before - self.step
+
+
+def first_non_finite(tree: Any, path: tuple[str, ...] = ()) -> tuple[str, ...] | None:
+    """Keys that lead to the first tensor with a NaN or an infinity, through mappings and lists."""
+    found = [(where, leaf) for where, leaf in _tensors(tree, path) if leaf.numel()]
+    if not found:
+        return None
+    # One wait for the device, not one a tensor.
+    place = found[0][1].device
+    good = torch.stack([torch.isfinite(leaf).all().to(place) for _, leaf in found]).tolist()
+    return next((where for (where, _), fine in zip(found, good, strict=True) if not fine), None)
+
+
+def _tensors(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    if isinstance(tree, Tensor):
+        if tree.is_floating_point():
+            yield path, tree.detach()
+        return
+    if isinstance(tree, Mapping):
+        items: Iterable[tuple[Any, Any]] = tree.items()
+    else:
+        items = enumerate(tree) if isinstance(tree, (list, tuple)) else ()
+    for key, value in items:
+        yield from _tensors(value, (*path, str(key)))
 
 
 def architecture_mismatch(

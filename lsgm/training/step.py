@@ -37,12 +37,14 @@ class StepResult:
         stop: Whether any process was told to stop.
         rates: Learning rate of each side.
         metrics: Scalars to log, one mapping for each part of the batch and one for the gradients.
+        fault: What was NaN or infinite first in this process, in words; empty if nothing was.
     """
 
     applied: bool
     stop: bool
     rates: Mapping[str, float]
     metrics: tuple[Mapping[str, Tensor], ...]
+    fault: str = ""
 
 
 def step_seed(*numbers: int) -> int:
@@ -85,9 +87,11 @@ class Step:
         images = map_batch(self._to_device, images)
         outputs = [self._backward(images, part) for part in range(self.config.accumulate)]
         applied, stop_anywhere, norms = self._check(outputs, stop)
+        fault = ""
         if applied:
             self._apply(norms)
         else:
+            fault = self._fault(outputs, norms)
             self.buffers.restore()
             state.counters.skipped += 1
         if state.scaler.is_enabled():
@@ -100,7 +104,7 @@ class Step:
         gradients = {f"grad_norm/{name}": norm for name, norm in norms.items()}
         name = state.stage.loss_name
         metrics = (*({name: o.loss, **o.metrics} for o in outputs), gradients)
-        return StepResult(applied, stop_anywhere, rates, metrics)
+        return StepResult(applied, stop_anywhere, rates, metrics, fault)
 
     def _to_device(self, x: Tensor) -> Tensor:
         if self.world.device.type == "cuda":
@@ -122,7 +126,7 @@ class Step:
                 stack.enter_context(self.forward.no_sync())  # type: ignore[operator]
             with autocast(self.world.device, self.config.precision):
                 scale = state.scaler.scale(torch.ones((), device=self.world.device))
-                context = StepContext(state.step, state.total_steps, self._rng(part), scale)
+                context = StepContext(state.position, state.end, self._rng(part), scale)
                 output: StepOutput = self.forward(images, context)
             state.scaler.scale(output.loss / parts).backward()
         return output
@@ -142,6 +146,28 @@ class Step:
         flags = torch.stack([bad, torch.full_like(bad, bool(stop))]).float()
         bad_anywhere, stop_anywhere = all_max(flags, self.world).tolist()
         return not bad_anywhere, bool(stop_anywhere), norms
+
+    def _fault(self, outputs: list[StepOutput], norms: Mapping[str, Tensor]) -> str:
+        """Name the loss's term and the side and parameter that were not finite, each the first."""
+        parts = []
+        for output in outputs:
+            terms = {**output.metrics, "loss": output.loss}
+            bad = [name for name, value in terms.items() if not torch.isfinite(value).all()]
+            if bad:
+                parts.append(f"term {bad[0]}")
+                break
+        for name, side in self.state.sides.items():
+            if torch.isfinite(norms[name]):
+                continue
+            bad = [
+                key
+                for key, p in side.module.named_parameters()
+                if p.grad is not None and not torch.isfinite(p.grad).all()
+            ]
+            where = f"parameter {bad[0]}" if bad else "the norm alone"
+            parts.append(f"gradient of {name}: {where}")
+            break
+        return ", ".join(parts) or "in another process"
 
     def _apply(self, norms: Mapping[str, Tensor]) -> None:
         # The scaler's own step() would judge each optimizer alone; they move all or none.

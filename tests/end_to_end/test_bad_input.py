@@ -166,15 +166,23 @@ def test_an_unfinished_first_stage(tiny, copy_of, tmp_path):
 # Checkpoints
 
 
-def test_checkpoints_of_another_architecture(tiny, copy_of):
-    run = copy_of("vae")
-    outcome = call(*tiny.command("vae", run), "--resume", "--vae.num_channels_enc", 16)
-    outcome.error(2, LAST_CHECKPOINT, "another architecture")
-    outcome = call(*tiny.command("vae", run), "--resume", "--optim_vae.optimizer", "adam")
-    outcome.error(2, LAST_CHECKPOINT, "adamax", "adam")
-    run = copy_of("lsgm")
-    outcome = call(*tiny.command("lsgm", run), "--resume", "--prior.network.num_channels", 8)
-    outcome.error(2, LAST_CHECKPOINT, "another architecture")
+@pytest.mark.parametrize(
+    ("stage", "key", "old", "new"),
+    [
+        ("vae", "vae.num_channels_enc", "8", "16"),
+        ("vae", "optim_vae.optimizer", "adamax", "adam"),
+        ("vae", "optim_vae.ema_decay", "0.9", "0.0"),
+        ("vae", "data.augment", "affine", "none"),
+        ("vae", "train.seed", "0", "1"),
+        ("lsgm", "prior.network.num_channels", "16", "8"),
+    ],
+)
+def test_what_a_run_was_begun_with_cannot_change(tiny, stage, key, old, new):
+    run = tiny.run(stage)
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    outcome = call(*tiny.command(stage, run), "--resume", f"--{key}", new)
+    outcome.error(2, f"{key}: {run} was begun with {old}, which cannot become {new}")
+    assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
 
 
 def test_a_truncated_checkpoint_gives_way_to_the_one_before(tiny, copy_of):
@@ -191,6 +199,7 @@ def test_a_truncated_checkpoint_gives_way_to_the_one_before(tiny, copy_of):
 
 def test_truncated_checkpoints_only(tiny, copy_of):
     run = copy_of("vae")
+    (run / WEIGHTS).unlink()
     for path in (run / "checkpoints").iterdir():
         truncate(path, 0.9)
     outcome = call(*tiny.command("vae", run), "--resume")
@@ -338,3 +347,59 @@ def test_a_disk_that_really_is_full(tiny, tmp_path):
     outcome = call(*tiny.command("vae", kept / "run"), "--resume")
     assert outcome.code == 0, outcome.err
     assert_same_runs(kept / "run", tiny.vae)
+
+
+# What the system refuses
+
+
+def test_outputs_are_checked_before_the_work(tiny, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+
+    def work(*arguments):
+        pytest.fail("the work began")
+
+    monkeypatch.setattr("lsgm.sampling.iterate_samples", work)
+    monkeypatch.setattr("lsgm.evaluation.report.evaluate_run", work)
+    below, folder, long = tmp_path / "file" / "x.png", tmp_path / "f.png", f"{'x' * 300}.png"
+    folder.mkdir()
+    for out, reason in ((below, "in the way"), (folder, "a folder"), (long, "too long")):
+        sample = ("sample", "--run", tiny.vae, *SAMPLING, "--out")
+        call(*sample, out).error(2, reason)
+    evaluate = ("evaluate", "--run", tiny.vae, "--device", "cpu")
+    for option in ("--json", "--pictures", "--out"):
+        call(*evaluate, option, below).error(2, str(tmp_path / "file"), "in the way")
+    call("edit", "reconstruct", "--run", tiny.vae, "--out", below).error(2, "in the way")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["f.png", "file"]
+
+
+def test_a_run_below_a_file_or_with_a_long_name(train_vae, tiny, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for out, reason in (("file/run", "in the way"), ("x" * 300, "too long")):
+        call(*tiny.command("vae", tmp_path / out)).error(2, str(tmp_path / out), reason)
+    train_vae("--name", "a\0b", "--resume").error(2, "holds no run")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_is_removed_under_a_run(tiny, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    original = Checkpoints.save
+
+    def save(self, step, state):
+        if step == 5:
+            shutil.rmtree(out)
+        return original(self, step, state)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    outcome = call(*tiny.command("vae", out))
+    outcome.error(1, "step_00000005.pt: No such file or directory", log=True)
+
+
+def test_links_to_another_run_leave_it_as_it_is(tiny, tmp_path):
+    """A run folder copied as links goes on by itself."""
+    out = tmp_path / "run"
+    shutil.copytree(tiny.vae, out, copy_function=os.symlink)
+    before = {p: p.read_bytes() for p in tiny.vae.rglob("*") if p.is_file()}
+    outcome = call("train_vae", "--out", out, "--resume", "--train.max_steps", STEPS + 1)
+    assert outcome.code == 0, outcome.err
+    assert before == {p: p.read_bytes() for p in tiny.vae.rglob("*") if p.is_file()}
+    assert checkpoint(out, f"step_{STEPS + 1:08d}.pt")["step"] == STEPS + 1

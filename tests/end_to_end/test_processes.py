@@ -4,10 +4,21 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from tiny import REPOSITORY, STEPS, ScriptProcess, checkpoint, log_lines, script_path
+from tiny import (
+    KILLS,
+    REPOSITORY,
+    STEPS,
+    ScriptProcess,
+    assert_nothing_left,
+    assert_same_runs,
+    checkpoint,
+    log_lines,
+    script_path,
+)
 
 
 def assert_same_course(run, reference):
@@ -39,19 +50,46 @@ def assert_same_course(run, reference):
                 assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-2), (a["step"], key)
 
 
-def test_torchrun_follows_one_process_in_the_first_stage(tiny, tmp_path):
-    name, *arguments = tiny.command("vae", tmp_path / "run")
+def torchrun(*arguments, options=(), **environment):
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(script_path(name)), *arguments],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+         *options, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
         timeout=600,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shared(tiny, tmp_path_factory):
+    """The first stage, trained by two processes."""
+    run = tmp_path_factory.mktemp("shared") / "run"
+    name, *arguments = tiny.command("vae", run)
+    done = torchrun(script_path(name), *arguments)
     assert done.returncode == 0, done.stderr
-    assert_same_course(tmp_path / "run", tiny.vae)
+    return run
+
+
+def test_torchrun_follows_one_process_in_the_first_stage(tiny, shared):
+    assert_same_course(shared, tiny.vae)
+
+
+def test_torchrun_restarts_a_run_whose_worker_was_killed(tiny, shared, tmp_path):
+    name, *arguments = tiny.command("vae", tmp_path / "run")
+    script = Path(__file__).parent / "killing.py"
+    restarts = 2 if KILLS >= 20 else 1
+    ranks, steps = ",".join(("1", "0")[:restarts]), ",".join(("7", "12")[:restarts])
+    done = torchrun(
+        script, script_path(name), *arguments, "--resume", "auto",
+        options=("--max-restarts", "3"), KILL_RANKS=ranks, KILL_STEPS=steps,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("resumed at step") == restarts, done.stderr
+    assert "is in use by" not in done.stderr
+    assert_same_runs(tmp_path / "run", shared)
+    assert_nothing_left(tmp_path / "run", shared)
 
 
 def test_two_processes_follow_one_in_the_second_stage(tiny, tmp_path):

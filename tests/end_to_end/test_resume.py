@@ -1,12 +1,16 @@
 """Runs that are killed or interrupted end as if nothing had happened."""
 
+import json
 import os
 import re
 import shlex
+import shutil
 import signal
 
 import pytest
 from tiny import STEPS, STEPS_PER_EPOCH, ScriptProcess, assert_same_runs, call
+
+from lsgm.configio import load_run_config
 
 
 @pytest.mark.parametrize(("stage", "step"), [("vae", 2), ("vae", STEPS_PER_EPOCH + 1), ("lsgm", 7)])
@@ -32,7 +36,10 @@ def test_an_interrupted_run_says_how_to_go_on(tiny, tmp_path, stage, number):
     os.kill(process.pid, number)
     assert process.wait() == 128 + number
     log = (tmp_path / "log").read_text()
-    assert "Traceback" not in log and log.splitlines()[-1] == "error: interrupted"
+    by = " by SIGTERM" if number == signal.SIGTERM else ""
+    assert "Traceback" not in log and log.splitlines()[-1] == f"error: interrupted{by}"
+    name = signal.Signals(number).name
+    assert f"{name}: stopping after this step, with a checkpoint\n" in log
     step, command = re.search(r"^stopped at step (\d+); continue with: (.*)$", log, re.M).groups()
     assert [path.name for path in (out / "checkpoints").iterdir()].count(f"step_{step:>08}.pt") == 1
     interpreter, script, *arguments = shlex.split(command)
@@ -44,12 +51,61 @@ def test_an_interrupted_run_says_how_to_go_on(tiny, tmp_path, stage, number):
     assert_same_runs(out, tiny.run(stage))
 
 
-def test_the_folder_alone_is_enough_to_go_on(tiny, tmp_path):
-    out = tmp_path / "run"
-    process = ScriptProcess(tiny.command("lsgm", out), tmp_path / "log")
+def test_a_second_stage_goes_on_without_the_first(tiny, tmp_path):
+    first, out = tmp_path / "vae", tmp_path / "run"
+    shutil.copytree(tiny.vae, first)
+    name, config, path, _, _, *rest = tiny.command("lsgm", out)
+    process = ScriptProcess((name, config, path, "--vae", str(first), *rest), tmp_path / "log")
     process.wait_for_step(out, 6)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    outcome = call("train_lsgm", "--out", out, "--resume")
+    shutil.rmtree(first)
+    outcome = call("train_lsgm", "--resume", "--out", out)
     assert outcome.code == 0, outcome.err
     assert_same_runs(out, tiny.lsgm)
+
+
+def test_a_finished_run_without_checkpoints_stays_as_it_is(tiny, tmp_path):
+    out = shutil.copytree(tiny.vae, tmp_path / "run")
+    shutil.rmtree(out / "checkpoints")
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    command = tiny.command("vae", out)
+    for resume in ("--resume",), ("--resume", "auto"):
+        outcome = call(*command, *resume)
+        assert (outcome.code, outcome.err) == (0, "") and "is finished" in outcome.out
+        outcome = call(*command, *resume, "--train.max_steps", STEPS + 2)
+        outcome.error(2, str(out), "no checkpoint to continue from", "not overwritten", "--out")
+    assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+def test_an_extension_and_another_batch_are_said_and_recorded(tiny, tmp_path):
+    out = shutil.copytree(tiny.vae, tmp_path / "run")
+    first = tiny.command("vae", out)
+    changes = ("--train.max_steps", STEPS + 3, "--train.batch_size", 64)
+    outcome = call(*first, "--resume", *changes)
+    assert outcome.code == 0, outcome.err
+    said = outcome.err.splitlines()
+    assert said[:3] == [
+        f"train.max_steps: {STEPS} until now, {STEPS + 3} from here",
+        "train.batch_size: 128 until now, 64 from here",
+        f"resumed at step {STEPS} of {STEPS + 3}",
+    ]
+    (entry,) = [json.loads(x) for x in (out / "config_history.jsonl").read_text().splitlines()]
+    changed = {"train.max_steps": [STEPS, STEPS + 3], "train.batch_size": [128, 64]}
+    assert (entry["step"], entry["changes"]) == (STEPS, changed)
+    assert load_run_config(out).train.batch_size == 64
+    assert json.loads((out / "run.json").read_text())["steps"] == STEPS + 3
+    # They hold from then on: nothing is left to do, and the first command would go back.
+    again = call("train_vae", "--out", out, "--resume")
+    assert again.code == 0 and "is finished" in again.out
+    outcome = call(*first, "--resume")
+    outcome.error(2, f"is at step {STEPS + 3} already, they end it at step {STEPS}", log=True)
+    assert load_run_config(out).train.batch_size == 64
+
+
+def test_a_script_without_training_stops_by_a_signal(tiny, tmp_path):
+    command = ("evaluate", "--run", str(tiny.vae), "--out", str(tmp_path / "out"))
+    process = ScriptProcess(command, tmp_path / "log", signal_at=(2, signal.SIGTERM))
+    assert process.wait() == 128 + signal.SIGTERM, (tmp_path / "log").read_text()
+    assert (tmp_path / "log").read_text().splitlines()[-1] == "error: interrupted by SIGTERM"
+    assert not list(tmp_path.rglob("*.tmp"))

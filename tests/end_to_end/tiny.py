@@ -23,12 +23,15 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from killing import kill_at
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 14
 STEPS_PER_EPOCH = 11  # 1,438 images in batches of 128: the run ends in its second epoch
 LAST_CHECKPOINT = f"step_{STEPS:08d}.pt"
 CANNOT_MOUNT = 77
+KILLS = int(os.environ.get("LSGM_KILLS", "6"))
+"""How often the kill tests kill a run."""
 CLOCKS = ("time", "train_seconds", "eval_seconds", "images_per_second")
 
 TRAIN = f"""
@@ -187,6 +190,7 @@ class ScriptProcess:
         disk: Folder to cover by a file system of so many bytes that only this process sees, and
             where to copy that file system at the end. The exit code is CANNOT_MOUNT where the
             system does not allow it.
+        signal_at: Moment (:func:`killing.kill_at`) and signal that the process sends to itself.
     """
 
     def __init__(
@@ -195,6 +199,7 @@ class ScriptProcess:
         log: Path,
         environment: dict[str, str] | None = None,
         disk: tuple[Path, int, Path] | None = None,
+        signal_at: tuple[int, int] | None = None,
     ) -> None:
         self.log = log
         context = multiprocessing.get_context("forkserver")
@@ -203,7 +208,7 @@ class ScriptProcess:
         with mock.patch.dict(os.environ, {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}):
             forkserver.ensure_running()
         self._process = context.Process(
-            target=_be_script, args=(command, log, environment or {}, disk)
+            target=_be_script, args=(command, log, environment or {}, disk, signal_at)
         )
         self._process.start()
 
@@ -234,6 +239,7 @@ def _be_script(
     log: Path,
     environment: dict[str, str],
     disk: tuple[Path, int, Path] | None,
+    signal_at: tuple[int, int] | None,
 ) -> None:
     handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(handle, 1)
@@ -242,6 +248,8 @@ def _be_script(
     sys.argv = [str(script_path(command[0])), *command[1:]]
     if disk is not None and not _cover(disk[0], disk[1]):
         sys.exit(CANNOT_MOUNT)
+    if signal_at is not None:
+        kill_at(*signal_at)
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
@@ -294,3 +302,12 @@ def assert_same_runs(run: Path, reference: Path) -> None:
     assert (run / weights).read_bytes() == (reference / weights).read_bytes()
     assert (run / "run.json").read_text() == (reference / "run.json").read_text()
     assert log_lines(run) == log_lines(reference)
+
+
+def assert_nothing_left(run: Path, reference: Path) -> None:
+    """Check that a run's folder holds what the reference's does, and nothing else."""
+    names = [
+        {str(p.relative_to(folder)) for p in folder.rglob("*") if "events" not in p.name}
+        for folder in (run, reference)
+    ]
+    assert names[0] == names[1]
