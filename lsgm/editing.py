@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d, pad
-from tqdm import tqdm
 
 from lsgm.conditioning import (
     ProjectionInpainting,
@@ -36,6 +35,7 @@ from lsgm.options import (
     ResampleOptions,
     require_run,
 )
+from lsgm.progress import progress_bar
 from lsgm.protocols import DiffusionModel, has_diffusion
 from lsgm.release import load_data_config
 from lsgm.sampling import draw_batch
@@ -263,7 +263,7 @@ def _write_samples(
 ) -> None:
     """Rows of the ``leading`` images ``(B, C, H, W)`` and ``samples`` results for each of ``x``."""
     columns = list(leading)
-    with tqdm(total=options.samples * len(x), unit="img", disable=None) as bar:
+    with progress_bar(total=options.samples * len(x), unit="img") as bar:
         for k in range(options.samples):
             parts = []
             for index in torch.arange(len(x)).split(options.batch_size):
@@ -352,7 +352,7 @@ def _interpolate(options: InterpolateOptions) -> None:
             for i in range(options.samples + 1)
         ]
     rows = []
-    for a, b in tqdm(list(zip(ends, ends[1:], strict=False)), unit="row", disable=None):
+    for a, b in progress_bar(list(zip(ends, ends[1:], strict=False)), unit="row"):
         path = interpolate(a, b, options.steps)
         rows.append([decode(model, code, solver, times)[0] for code in path])
     _write_rows(rows, options)

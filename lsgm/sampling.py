@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lsgm.errors import UserError
 from lsgm.evaluation.figures import image_grid, save_grid
@@ -22,6 +21,7 @@ from lsgm.files import atomic_write
 from lsgm.models import VAEModel, load
 from lsgm.npz import ArrayStream, write_npz
 from lsgm.options import SampleOptions, SolverOptions, require_run
+from lsgm.progress import progress_bar
 from lsgm.protocols import DiffusionModel, has_diffusion
 from lsgm.solver_choice import choose_solver, resolve
 from lsgm.solvers import EpsFn, Hook, Solver
@@ -148,7 +148,7 @@ def sample_to_file(options: SampleOptions) -> None:
     out = Path(options.out)
     start = time.perf_counter()
     evaluations: list[int] = []
-    with tqdm(total=options.n, unit="img", disable=None) as bar:
+    with progress_bar(total=options.n, unit="img") as bar:
 
         def batches() -> Iterator[Batch]:
             for batch in iterate_samples(model, options.n, options):

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lsgm.config import DataConfig
 from lsgm.data import Datasets, build_datasets
@@ -37,6 +36,7 @@ from lsgm.evaluation.nll import (
 from lsgm.files import atomic_write_json
 from lsgm.models import LSGM, VAEModel, load, load_data_config
 from lsgm.options import EvaluateOptions, require_run
+from lsgm.progress import progress_bar
 from lsgm.sampling import draw_samples
 from lsgm.training.precision import choose_device
 
@@ -186,7 +186,7 @@ def _run_metric(
         "iw_exact": {"k": options.k, "tolerance": options.tolerance},
         "bits": {"tolerance": options.tolerance},
     }[name]
-    with tqdm(total=total, desc=f"{label} {name}", unit="img", leave=False, disable=None) as bar:
+    with progress_bar(total=total, desc=f"{label} {name}", unit="img", leave=False) as bar:
         return METRICS[name](
             model,
             batches,

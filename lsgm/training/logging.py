@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lsgm.files import RunFolder
+from lsgm.progress import has_terminal
 from lsgm.training.distributed import World, all_mean
 
 __all__ = ["MeanMetrics", "RunLogger"]
@@ -114,7 +115,7 @@ class RunLogger:
         if self._file.seek(0, 2) > length:
             self._file.truncate(length)
         self._writer = SummaryWriter(str(self.run.path), purge_step=step + 1 if step else None)
-        if self.stream.isatty():
+        if has_terminal(self.stream):
             self._bar = tqdm(
                 total=self.total_steps,
                 initial=step,
