@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["UserError"]
+__all__ = ["MALFORMED", "UserError", "malformed"]
+
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What reading a file leads to whose content is of other types than it should be."""
 
 
 class UserError(Exception):
@@ -12,3 +15,9 @@ class UserError(Exception):
     class is for what
     arrives from outside: command lines, configuration files, data files, run folders.
     """
+
+
+def malformed(source: object, expected: str, error: Exception) -> UserError:
+    """One line for a file that is read like ``expected`` and is something else."""
+    first = (str(error).strip().splitlines() or [""])[0][:200]
+    return UserError(f"{source}: not {expected} ({type(error).__name__}: {first})")

@@ -36,6 +36,8 @@ def check_records(path: Path) -> None:
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                raise ValueError("compressed records, which torch.save does not write")
             bad = archive.testzip()
     except (NotImplementedError, RuntimeError) as error:  # flags of features that torch never uses
         raise ValueError(str(error)) from None

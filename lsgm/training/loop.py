@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lsgm.config import OptimConfig, TrainConfig
-from lsgm.errors import UserError
+from lsgm.errors import MALFORMED, UserError, malformed
 from lsgm.files import RunFolder
 from lsgm.training.checkpoint import Checkpoints
 from lsgm.training.distributed import World, on_main, wrap
@@ -292,10 +292,15 @@ class _Trainer:
         if step is None:
             return False
         state = found[0][1] if found else self.checkpoints.load(step)
-        self.state.load_state_dict(state, str(self.checkpoints.path(step)))
-        self.means.load_state_dict(state["means"])
-        self.steps_since_log, self.seconds_since_log = state["since_log"]
-        self.logger.open(self.state.step, state["metrics_length"])
+        path = self.checkpoints.path(step)
+        try:
+            self.state.load_state_dict(state, str(path))
+            self.means.load_state_dict(state["means"])
+            self.steps_since_log, self.seconds_since_log = state["since_log"]
+            length = int(state["metrics_length"])
+        except MALFORMED as error:
+            raise malformed(path, "a checkpoint of this run", error) from error
+        self.logger.open(self.state.step, length)
         return True
 
     def return_to_checkpoint(self) -> None:
