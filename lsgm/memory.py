@@ -21,7 +21,7 @@ __all__ = ["build_within_memory", "physical_memory"]
 
 M = TypeVar("M", bound=nn.Module)
 
-MAX_TENSORS = 30_000
+MAX_TENSORS = 10_000
 """Most weight tensors of a network; the largest published one has 2,524."""
 
 

@@ -331,7 +331,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Any:
     check_weights(folder, description)
     try:
         kind = description["kind"]
-        if kind not in BUILDERS:
+        if not isinstance(kind, str) or kind not in BUILDERS:
             raise ValueError(f"unknown kind {kind!r}; known are {', '.join(BUILDERS)}")
         model = BUILDERS[kind](description, section(DataSpec, description["spec"]))
     except (*MALFORMED, UserError) as error:
