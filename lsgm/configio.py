@@ -200,8 +200,10 @@ def _read_mapping(path: Path) -> DictConfig:
         raise UserError(f"{path}: a folder, where a YAML file is needed") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML ({_one_line(error)})") from error
-    except (OSError, UnicodeDecodeError, OmegaConfBaseException, RecursionError) as error:
+    except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: cannot be read ({_one_line(error)})") from error
+    except RecursionError:
+        raise UserError(f"{path}: cannot be read (RecursionError: nested too deeply)") from None
     except (ValueError, OverflowError) as error:  # a signature or a value of YAML's own types
         raise UserError(f"{path}: {_one_line(error)}") from error
     if mentions:
