@@ -12,8 +12,9 @@ from lsgm.conditioning import ClassifierGuidance
 from lsgm.config_data import ClassifierConfig, ScoreModelConfig
 from lsgm.data.pixels import Pixels
 from lsgm.data.spec import DataSpec
-from lsgm.datasgm import DataSGM, build_sde, score_config_of
+from lsgm.datasgm import DataSGM, build_sde
 from lsgm.errors import UserError
+from lsgm.memory import build_within_memory
 from lsgm.networks.classifier import Classifier
 from lsgm.release import section
 from lsgm.sde import LinearSDE
@@ -117,10 +118,13 @@ def build_classifier(
     pixels = Pixels.of(spec, score.data_range, score.dequantise)
     sde, _ = build_sde("score_sde", score)
     channels, size, _ = pixels.shape
+    num_classes = spec.num_classes
     options = asdict(config)
     options.pop("label_smoothing")
     try:
-        network = Classifier(channels, size, spec.num_classes, **options)
+        network = build_within_memory(
+            lambda: Classifier(channels, size, num_classes, **options), "classifier"
+        )
     except ValueError as error:
         raise UserError(f"classifier: {error}") from error
     return ImageClassifier(network, sde, pixels, score, config)
@@ -133,4 +137,4 @@ def classifier_of(description: dict[str, Any], spec: DataSpec) -> ImageClassifie
         TypeError, KeyError, ValueError: It does not fit.
     """
     config = section(ClassifierConfig, description["classifier"])
-    return build_classifier(config, score_config_of(description["score"]), spec)
+    return build_classifier(config, section(ScoreModelConfig, description["score"]), spec)

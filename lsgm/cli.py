@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import signal
 import sys
 import threading
@@ -19,11 +20,19 @@ from typing import NoReturn
 from lsgm.allocator import keep_freed_memory
 from lsgm.errors import Interrupted, UserError
 
-__all__ = ["EXIT_INTERRUPTED", "EXIT_OTHER", "EXIT_USER_ERROR", "STOP_SIGNALS", "run"]
+__all__ = [
+    "EXIT_BROKEN_PIPE",
+    "EXIT_INTERRUPTED",
+    "EXIT_OTHER",
+    "EXIT_USER_ERROR",
+    "STOP_SIGNALS",
+    "run",
+]
 
 EXIT_OTHER = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
@@ -34,16 +43,19 @@ _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Call `main` and exit: 0 done, 2 a user's mistake, 128 + signal (130: Ctrl-C) interrupted, 1
-    anything else.
+    """Call `main` and exit: 0 done, 2 a user's mistake, 128 + signal (130: Ctrl-C; 141: nobody
+    reads the output any more) interrupted, 1 anything else.
 
     A user's mistake, a signal and what the system refuses (``OSError``: a full or read-only disk, a
     folder that is gone) are one line on stderr; an unexpected exception keeps its traceback.
     """
     keep_freed_memory()
     try:
-        with _stopping():
-            main()
+        try:
+            with _stopping():
+                main()
+        finally:
+            sys.stdout.flush()  # a closed pipe has to show here, not while the interpreter ends
     except UserError as error:
         _say(str(error))
         sys.exit(EXIT_USER_ERROR)
@@ -52,6 +64,9 @@ def run(main: Callable[[], None]) -> NoReturn:
         by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
         _say(f"interrupted{by}")
         sys.exit(getattr(interrupt, "exit_code", EXIT_INTERRUPTED))
+    except BrokenPipeError:
+        _drop_output()
+        sys.exit(EXIT_BROKEN_PIPE)
     except Exception as error:
         code, line = _explain(error)
         if not line:
@@ -99,7 +114,18 @@ def _explain(error: Exception) -> tuple[int, str]:
 
 
 def _say(line: str) -> None:
-    print(f"error: {' '.join(line.split())}", file=sys.stderr, flush=True)
+    try:
+        print(f"error: {' '.join(line.split())}", file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        _drop_output()
+
+
+def _drop_output() -> None:
+    """Send what is still to be written nowhere: ``--help | head`` has read enough."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a stream in memory
+            os.dup2(nowhere, stream.fileno())
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -14,7 +14,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lsgm.config_checks import require, require_fraction, require_non_negative, require_positive
+from lsgm.config_checks import (
+    require,
+    require_at_most,
+    require_fraction,
+    require_non_negative,
+    require_positive,
+)
 from lsgm.config_models import PriorConfig, PriorNetworkConfig, SDEConfig, VAEConfig
 
 __all__ = [
@@ -64,6 +70,7 @@ class DataConfig:
         require_positive(self, "image_size")
         require(self.channels in (None, 1, 3), f"channels: must be 1 or 3, not {self.channels}")
         require_non_negative(self, "num_workers eval_binarisation_seed")
+        require_at_most(self, 1024, "num_workers")
         require(
             0.0 < self.test_fraction < 1.0,
             f"test_fraction: must lie strictly between 0 and 1, not {self.test_fraction}",
@@ -195,6 +202,7 @@ class TrainConfig:
             "checkpoint_every keep_checkpoints num_threads timeout_minutes",
         )
         require_non_negative(self, "seed")
+        require_at_most(self, 4096, "num_threads")
         require(
             self.batch_size % self.accumulate == 0,
             f"batch_size: {self.batch_size} is not a multiple of accumulate {self.accumulate}",

@@ -16,7 +16,12 @@ from lsgm.config import (
     SDEConfig,
     TrainConfig,
 )
-from lsgm.config_checks import require, require_non_negative, require_positive
+from lsgm.config_checks import (
+    require,
+    require_at_most,
+    require_non_negative,
+    require_positive,
+)
 
 __all__ = [
     "ClassifierConfig",
@@ -64,6 +69,7 @@ class LadderConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "sigma_max sigma_min")
+        require_at_most(self, 100_000, "levels")
         require(
             self.sigma_max is None or self.sigma_min < self.sigma_max,
             "sigma_min: must be below sigma_max",
@@ -221,6 +227,7 @@ class ClassifierConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "num_channels num_scales num_cells_per_scale")
+        require_at_most(self, 16, "num_scales")
         for name in ("dropout", "label_smoothing"):
             value = getattr(self, name)
             require(0.0 <= value < 1.0, f"{name}: must lie in [0, 1), not {value}")

@@ -8,7 +8,12 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from lsgm.config_checks import require, require_non_negative, require_positive
+from lsgm.config_checks import (
+    require,
+    require_at_most,
+    require_non_negative,
+    require_positive,
+)
 
 __all__ = ["PriorConfig", "PriorNetworkConfig", "SDEConfig", "VAEConfig"]
 
@@ -70,6 +75,7 @@ class VAEConfig:
             "num_cell_per_cond_dec log_sig_q_scale",
         )
         require_non_negative(self, "num_preprocess_blocks num_nf context_size context_blocks")
+        require_at_most(self, 16, "num_preprocess_blocks num_latent_scales")
         require(
             self.context_size == 0
             or (
@@ -132,6 +138,7 @@ class PriorNetworkConfig:
             "num_channels num_scales num_cells_per_scale embedding_dim embedding_width "
             "embedding_scale",
         )
+        require_at_most(self, 16, "num_scales")
         require(0.0 <= self.dropout < 1.0, f"dropout: must lie in [0, 1), not {self.dropout}")
         mult = self.channel_mult
         require(

@@ -21,10 +21,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lsgm.config import RETIRED_KEYS, LSGMTrainConfig, VAETrainConfig
+from lsgm.config_checks import check_values
 from lsgm.config_data import NCSNTrainConfig
 from lsgm.configkeys import misfit, schema_keys, suggestion
 from lsgm.errors import UserError
 from lsgm.files import atomic_write_text
+from lsgm.integrity import sign, signed_text
 from lsgm.overrides import Option, apply_overrides, parse_tokens, split_plain
 
 __all__ = [
@@ -99,10 +101,10 @@ def load_run_config(run: str | Path) -> VAETrainConfig | LSGMTrainConfig | NCSNT
 
 
 def save_config(config: Any, path: str | Path) -> None:
-    """Write a configuration dataclass as YAML that :func:`load_config` reads; the file appears
-    whole or not at all.
+    """Write a configuration dataclass as YAML that :func:`load_config` reads, below its SHA-256;
+    the file appears whole or not at all.
     """
-    atomic_write_text(Path(path), OmegaConf.to_yaml(OmegaConf.structured(config)))
+    atomic_write_text(Path(path), sign(OmegaConf.to_yaml(OmegaConf.structured(config))))
 
 
 def run_folder(
@@ -202,7 +204,9 @@ def _read_yaml(config_class: type[T], path: Path) -> T:
 
 def _read_mapping(path: Path) -> DictConfig:
     try:
-        keys = OmegaConf.load(path)
+        text = signed_text(path.read_text("utf-8"))
+        keys = OmegaConf.create(text)
+        mentions = _mentions_environment(OmegaConf.to_container(keys, resolve=False))
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
     except IsADirectoryError:
@@ -211,9 +215,24 @@ def _read_mapping(path: Path) -> DictConfig:
         raise UserError(f"{path}: not valid YAML ({_one_line(error)})") from error
     except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: cannot be read ({_one_line(error)})") from error
-    if not isinstance(keys, DictConfig):
+    except RecursionError:
+        raise UserError(f"{path}: cannot be read (RecursionError: nested too deeply)") from None
+    except (ValueError, OverflowError) as error:  # a signature or a value of YAML's own types
+        raise UserError(f"{path}: {_one_line(error)}") from error
+    if mentions:
+        raise UserError(f"{path}: ${{...}} is not expanded; write what it stands for")
+    if not isinstance(keys, DictConfig) or not keys:
         raise UserError(f"{path}: must hold 'key: value' lines")
     return keys
+
+
+def _mentions_environment(value: Any) -> bool:
+    """Whether a reference ``${...}``, which OmegaConf would expand, is in a plain value."""
+    if isinstance(value, dict):
+        return any(_mentions_environment(part) for item in value.items() for part in item)
+    if isinstance(value, list):
+        return any(map(_mentions_environment, value))
+    return isinstance(value, str) and "${" in value
 
 
 def _build(config_class: type[T], keys: DictConfig, path: Path) -> T:
@@ -228,7 +247,9 @@ def _build(config_class: type[T], keys: DictConfig, path: Path) -> T:
     try:
         merged = typing.cast(DictConfig, OmegaConf.merge(schema, keys))
         with _naming_sections(merged, path):
-            return typing.cast(T, OmegaConf.to_object(merged))
+            config = typing.cast(T, OmegaConf.to_object(merged))
+            check_values(config)
+        return config
     except OmegaConfBaseException as error:
         for key in _leaves(keys):  # OmegaConf does not always name the key: find it
             value = OmegaConf.select(keys, key)

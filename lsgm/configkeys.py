@@ -11,9 +11,10 @@ import difflib
 import types
 import typing
 from collections.abc import Sequence
+from textwrap import shorten
 from typing import Any, Literal
 
-__all__ = ["describe", "misfit", "schema_keys", "section_class", "suggestion"]
+__all__ = ["describe", "fits", "misfit", "schema_keys", "section_class", "suggestion"]
 
 
 def schema_keys(config_class: type, prefix: str = "") -> dict[str, Any]:
@@ -61,6 +62,23 @@ def describe(hint: Any) -> str:
     return " or ".join(describe(arg) for arg in args)
 
 
+def fits(hint: Any, value: Any) -> bool:
+    """Whether a plain value, as JSON holds it, is of a key's type (a list is a tuple)."""
+    args = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return any(type(value) is type(arg) and value == arg for arg in args)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, (list, tuple)):
+            return False
+        items = args[:1] * len(value) if args[-1] is Ellipsis else args
+        return len(items) == len(value) and all(map(fits, items, value))
+    if args:
+        return any(fits(arg, value) for arg in args)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
 def suggestion(key: str, valid: Sequence[str] | dict[str, Any]) -> str:
     """Return "; did you mean ...?" with the nearest valid key.
 
@@ -84,6 +102,6 @@ def suggestion(key: str, valid: Sequence[str] | dict[str, Any]) -> str:
 
 
 def misfit(key: str, value: Any, valid: dict[str, Any]) -> str:
-    wanted = describe(valid[key]) if key in valid else "a section of keys"
     """Say that a value is not what the key takes, in one line."""
-    return f"{key}: {value!r} does not fit (wanted: {wanted})"
+    wanted = describe(valid[key]) if key in valid else "a section of keys"
+    return f"{key}: {shorten(repr(value), 200)} does not fit (wanted: {wanted})"

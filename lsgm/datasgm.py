@@ -16,16 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from lsgm.conditioning import classifier_free
-from lsgm.config import PriorNetworkConfig, SDEConfig
 from lsgm.config_data import (
-    LadderConfig,
-    RefineNetConfig,
     SamplerConfig,
     ScoreModelConfig,
 )
 from lsgm.data.pixels import Pixels
 from lsgm.data.spec import DataSpec
 from lsgm.errors import UserError
+from lsgm.memory import build_within_memory
 from lsgm.networks import NCSNpp
 from lsgm.networks.ncsn import NCSN
 from lsgm.noise_ladder import NoiseLadder, select_step
@@ -52,7 +50,6 @@ __all__ = [
     "build_data_model",
     "build_sde",
     "data_model_of",
-    "score_config_of",
 ]
 
 DATA_KINDS = ("ncsn", "score_sde")
@@ -362,13 +359,15 @@ def build_data_model(
         if config.network == "refinenet":
             if ladder is None:
                 raise ValueError("refinenet needs the noise levels of kind ncsn")
-            score: nn.Module = NCSN(channels, size, ladder, **asdict(config.refinenet))
+            levels = ladder
+            score: nn.Module = build_within_memory(
+                lambda: NCSN(channels, size, levels, **asdict(config.refinenet)), "score.refinenet"
+            )
         else:
-            network = NCSNpp(
-                channels,
-                size,
-                num_classes=(spec.num_classes or 0) if config.class_conditional else 0,
-                **asdict(config.ncsnpp),
+            num_classes = (spec.num_classes or 0) if config.class_conditional else 0
+            network = build_within_memory(
+                lambda: NCSNpp(channels, size, num_classes=num_classes, **asdict(config.ncsnpp)),
+                "score.ncsnpp",
             )
             score = DataScore(network, sde, config.condition, config.data_std)
     except ValueError as error:
@@ -382,23 +381,6 @@ def data_model_of(description: dict[str, Any], spec: DataSpec) -> DataSGM:
     Raises:
         TypeError, KeyError, ValueError: It does not fit.
     """
-    config = score_config_of(description["score"])
+    config = section(ScoreModelConfig, description["score"])
     sampler = section(SamplerConfig, description["sampler"])
     return build_data_model(description["kind"], config, sampler, spec)
-
-
-def score_config_of(values: dict[str, Any]) -> ScoreModelConfig:
-    """The architecture from the plain values of a ``run.json``.
-
-    Raises:
-        TypeError, KeyError, ValueError: It does not fit.
-    """
-    sections = {
-        "ncsnpp": PriorNetworkConfig,
-        "refinenet": RefineNetConfig,
-        "sde": SDEConfig,
-        "ladder": LadderConfig,
-    }
-    values = dict(values)
-    built = {name: section(cls, values.pop(name)) for name, cls in sections.items()}
-    return ScoreModelConfig(**values, **built)

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from tqdm import tqdm
 
 from lsgm.conditioning import (
     ProjectionInpainting,
@@ -47,6 +46,7 @@ from lsgm.options import (
     ResampleOptions,
     require_run,
 )
+from lsgm.progress import progress_bar
 from lsgm.protocols import DiffusionModel, has_diffusion
 from lsgm.release import load_data_config
 from lsgm.sampling import draw_batch
@@ -246,7 +246,7 @@ def _in_batches(
     fixed = solver.evaluations(1) is not None
     total = ways * len(parts) * (len(times) - 1) if fixed else None
     print(f"{name} {count} images, {len(parts[0])} at a time", flush=True)
-    with tqdm(total=total, desc=name, unit="step", disable=None) as bar:
+    with progress_bar(total=total, desc=name, unit="step") as bar:
         return [work(part, lambda _: bar.update()) for part in parts]
 
 
@@ -267,7 +267,7 @@ def _write_samples(
 ) -> None:
     """Rows of the ``leading`` images ``(B, C, H, W)`` and ``samples`` results for each of ``x``."""
     columns = list(leading)
-    with tqdm(total=options.samples * len(x), unit="img", disable=None) as bar:
+    with progress_bar(total=options.samples * len(x), unit="img") as bar:
         for k in range(options.samples):
             parts = []
             for index in torch.arange(len(x)).split(options.batch_size):

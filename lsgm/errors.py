@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import signal
 
-__all__ = ["Interrupted", "NonFiniteError", "UserError"]
+__all__ = ["MALFORMED", "Interrupted", "NonFiniteError", "UserError", "malformed"]
+
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What reading a file leads to whose content is of other types than it should be."""
 
 
 class UserError(Exception):
@@ -36,3 +39,9 @@ class Interrupted(KeyboardInterrupt):
     def exit_code(self) -> int:
         """What a shell reports for a process ended by this signal (130 for Ctrl-C)."""
         return 128 + self.number
+
+
+def malformed(source: object, expected: str, error: Exception) -> UserError:
+    """One line for a file that is read like ``expected`` and is something else."""
+    first = (str(error).strip().splitlines() or [""])[0][:200]
+    return UserError(f"{source}: not {expected} ({type(error).__name__}: {first})")

@@ -13,13 +13,14 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 from lsgm.errors import UserError
+from lsgm.integrity import sealed_sha256
 from lsgm.locks import is_abandoned, make_folder, mark_in_use
 
 __all__ = [
@@ -346,24 +347,24 @@ class RunFolder:
             pass
         raise UserError(f"{self.start}: damaged; remove it to go on by the run's configuration")
 
-    def write_info(self, info: Mapping[str, object]) -> None:
-        """Write ``run.json``: what kind of run this is and which versions made it."""
-        atomic_write_json(self.info, dict(info))
-
     def read_info(self) -> dict[str, Any]:
         """Read ``run.json``.
 
         Raises:
-            UserError: If it is missing or is not a JSON object.
+            UserError: If it is missing, is not a JSON object, or not what was written.
         """
         try:
             info = json.loads(self.info.read_text())
+            if isinstance(info, dict):
+                sealed_sha256(info, self.info.name)
         except FileNotFoundError:
             raise UserError(
                 f"{self.path} is not a run folder: it has no {self.info.name}"
             ) from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{self.info}: not a JSON file ({error})") from None
+        except ValueError as error:
+            raise UserError(f"{self.info}: {error}") from None
         if not isinstance(info, dict):
             raise UserError(f"{self.info}: expected a JSON object")
         return info

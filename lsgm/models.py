@@ -20,17 +20,16 @@ from lsgm.classifier import ImageClassifier, classifier_of
 from lsgm.config import (
     RETIRED_KEYS,
     PriorConfig,
-    PriorNetworkConfig,
-    SDEConfig,
     VAEConfig,
 )
 from lsgm.data.spec import DataSpec
 from lsgm.datasgm import DATA_KINDS, data_model_of
-from lsgm.errors import UserError
+from lsgm.errors import MALFORMED, UserError
+from lsgm.memory import build_within_memory
 from lsgm.networks import NCSNpp
 from lsgm.objectives import NormalReference, latent_cross_entropy
 from lsgm.release import (
-    MISFITS,
+    check_weights,
     load_data_config,
     load_weights,
     misfit,
@@ -98,11 +97,14 @@ def build_vae(config: VAEConfig, spec: DataSpec) -> HierarchicalVAE:
             f"vae.num_preprocess_blocks: images of side {spec.network_size} cannot be halved "
             f"{levels} times"
         )
-    return HierarchicalVAE(
-        image_channels=spec.channels,
-        image_size=spec.network_size,
-        crop=spec.padding,
-        **asdict(config),
+    return build_within_memory(
+        lambda: HierarchicalVAE(
+            image_channels=spec.channels,
+            image_size=spec.network_size,
+            crop=spec.padding,
+            **asdict(config),
+        ),
+        "vae",
     )
 
 
@@ -115,7 +117,10 @@ def build_prior(config: PriorConfig, vae: HierarchicalVAE) -> MixedNormalScore:
             f"side {size}"
         )
     sde = make_sde(**asdict(config.sde))
-    network = NCSNpp(channels=channels, resolution=size, **asdict(config.network))
+    network = build_within_memory(
+        lambda: NCSNpp(channels=channels, resolution=size, **asdict(config.network)),
+        "prior.network",
+    )
     return MixedNormalScore(
         network,
         sde,
@@ -320,10 +325,11 @@ def _total(parts: Sequence[Tensor]) -> Tensor:
 
 
 def prior_config_from(values: dict[str, Any]) -> PriorConfig:
-    values = {k: v for k, v in values.items() if f"prior.{k}" not in RETIRED_KEYS}
-    network = section(PriorNetworkConfig, values.pop("network"))
-    sde = section(SDEConfig, values.pop("sde"))
-    return PriorConfig(network=network, sde=sde, **values)
+    """The prior's section of a ``run.json``; raises what :func:`lsgm.release.section` does."""
+    if isinstance(values, dict):
+        values = {k: v for k, v in values.items() if f"prior.{k}" not in RETIRED_KEYS}
+    built: PriorConfig = section(PriorConfig, values)
+    return built
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> Any:
@@ -337,12 +343,13 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Any:
     """
     folder = Path(folder)
     description = read_description(folder)
+    check_weights(folder, description)
     try:
         kind = description["kind"]
-        if kind not in BUILDERS:
+        if not isinstance(kind, str) or kind not in BUILDERS:
             raise ValueError(f"unknown kind {kind!r}; known are {', '.join(BUILDERS)}")
-        model = BUILDERS[kind](description, DataSpec(**description["spec"]))
-    except MISFITS as error:
+        model = BUILDERS[kind](description, section(DataSpec, description["spec"]))
+    except (*MALFORMED, UserError) as error:
         raise misfit(folder, error) from error
     load_weights(model, folder)
     return model.to(device).eval()

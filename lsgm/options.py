@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lsgm.config_checks import require_at_most
 from lsgm.errors import UserError
 
 __all__ = [
@@ -19,6 +20,9 @@ __all__ = [
     "SolverOptions",
     "require_run",
 ]
+
+MAX_COUNT = 1_000_000
+"""Most evaluations, draws or rows that an option may ask for: more is a slip of the keyboard."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,7 @@ class SolverOptions:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}: must be positive, not {value}")
+        require_at_most(self, MAX_COUNT, "nfe batch_size corrector_steps steps_per_level")
         if self.t_end is not None and not 0 <= self.t_end < 1:
             raise ValueError(f"t_end: must lie in [0, 1), not {self.t_end}")
         if self.seed < 0:
@@ -193,6 +198,7 @@ class QualityOptions:
     """
 
     def __post_init__(self) -> None:
+        require_at_most(self, MAX_COUNT, "num neighbours subsets")
         if self.num < 20:
             raise ValueError(f"num: must be 20 at least, not {self.num}")
         if min((self.neighbours, self.subsets, *self.nfe)) <= 0:
@@ -224,6 +230,7 @@ class EditOptions(SolverOptions):
         super().__post_init__()
         if self.samples <= 0:
             raise ValueError(f"samples: must be positive, not {self.samples}")
+        require_at_most(self, MAX_COUNT, "samples")
         if not self.out.endswith(".png"):
             raise ValueError(f"out: must end in .png, not {self.out}")
         if not self.index and not self.files:
@@ -267,6 +274,7 @@ class InterpolateOptions(EditOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_at_most(self, MAX_COUNT, "steps")
         if self.steps < 2:
             raise ValueError(f"steps: must be at least 2, not {self.steps}")
         if self.between not in ("images", "seeds"):
@@ -345,6 +353,7 @@ class EvaluateOptions:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}: must be positive, not {value}")
+        require_at_most(self, MAX_COUNT, "samples k batch_size iw_images neighbours iw_steps")
         if any(k <= 0 for k in self.iw):
             raise ValueError("iw: must be positive")
         if self.split not in ("test", "train"):

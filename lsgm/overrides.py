@@ -17,6 +17,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 from omegaconf import MISSING
 
+from lsgm.config_checks import check_values
 from lsgm.configkeys import describe, misfit, schema_keys, section_class, suggestion
 from lsgm.errors import UserError
 
@@ -117,7 +118,11 @@ def apply_overrides(config: T, overrides: Sequence[str]) -> T:
     if not tokens:
         return config
     try:
-        return parse_tokens(config, tokens)
+        changed = parse_tokens(config, tokens)
+        check_values(changed)
+        return changed
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
     except _ParseFailure as failure:
         raise UserError(_explain(config, tokens, str(failure))) from None
 

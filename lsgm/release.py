@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import platform
+import typing
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Protocol
 
 import safetensors
@@ -18,14 +21,18 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from lsgm.config import DataConfig
-from lsgm.errors import UserError
+from lsgm.config_checks import check_values
+from lsgm.configkeys import fits, section_class
+from lsgm.configkeys import misfit as misfit_value
+from lsgm.errors import MALFORMED, UserError
 from lsgm.files import atomic_write, atomic_write_json
+from lsgm.integrity import file_sha256, seal, sealed_sha256
 
 __all__ = [
     "DESCRIPTION",
-    "MISFITS",
     "WEIGHTS",
     "Described",
+    "check_weights",
     "load_data_config",
     "load_weights",
     "misfit",
@@ -58,8 +65,8 @@ class Described(Protocol):
 def save(
     model: Described, folder: Path, data: DataConfig, notes: dict[str, Any] | None = None
 ) -> None:
-    """Write the model's weights and description into ``folder``; each file appears whole or not at
-    all.
+    """Write the model's weights and description, with the SHA-256 of both, into ``folder``; each
+    file appears whole or not at all.
 
     Raises:
         UserError: A weight is NaN or infinite.
@@ -75,7 +82,8 @@ def save(
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         **(notes or {}),
     }
-    atomic_write_json(folder / DESCRIPTION, description)
+    hashes = {WEIGHTS: file_sha256(folder / WEIGHTS)}
+    atomic_write_json(folder / DESCRIPTION, seal(description, DESCRIPTION, hashes))
 
 
 def _require_finite(state: dict[str, torch.Tensor], folder: Path) -> None:
@@ -88,7 +96,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     """The contents of a run's ``run.json``.
 
     Raises:
-        UserError: The folder is not a finished run.
+        UserError: The folder is not a finished run, or the file is not what was written.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run folder")
@@ -101,15 +109,16 @@ def read_description(folder: Path) -> dict[str, Any]:
             )
             raise UserError(f"{folder}: {name} is missing ({hint})")
     try:
-        description = json.loads((folder / DESCRIPTION).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        description = json.loads((folder / DESCRIPTION).read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{folder / DESCRIPTION}: not valid JSON ({error})") from None
     if not isinstance(description, dict):
         raise UserError(f"{folder / DESCRIPTION}: expected a JSON object")
+    try:
+        sealed_sha256(description, DESCRIPTION)
+    except ValueError as error:
+        raise misfit(folder, error) from None
     return description
-
-
-MISFITS = (KeyError, TypeError, ValueError)
 
 
 def misfit(folder: Path, error: Exception) -> UserError:
@@ -119,32 +128,73 @@ def misfit(folder: Path, error: Exception) -> UserError:
 
 
 def section(cls: type, values: dict[str, Any]) -> Any:
-    """A config dataclass from plain JSON values.
+    """A config dataclass and the sections in it from plain JSON values.
 
     Raises:
         ValueError: Values that are no mapping, or not those of the dataclass.
+        KeyError: A section is missing. (A single key has its default: older runs lack newer ones.)
     """
+    built = _section(cls, values)
+    check_values(built)
+    return built
+
+
+def _section(cls: type, values: dict[str, Any]) -> Any:
     if not isinstance(values, dict):
-        raise ValueError(f"expected the keys of {cls.__name__}, not {values!r}")
-    converted = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return cls(**converted)
+        raise ValueError(f"expected the keys of {cls.__name__}, not {shorten(repr(values), 100)}")
+    hints = typing.get_type_hints(cls)
+    unknown = [name for name in values if name not in hints]
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no key {shorten(unknown[0], 100)!r}")
+    built: dict[str, Any] = {}
+    for name, hint in hints.items():
+        inner = section_class(hint)
+        if inner is not None:
+            built[name] = _section(inner, values[name])
+        elif name in values:
+            value = values[name]
+            if not fits(hint, value):
+                raise ValueError(misfit_value(name, value, {name: hint}))
+            built[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**built)
+
+
+def check_weights(folder: Path, description: Mapping[str, Any]) -> None:
+    """Compare the weights' file of a run with the hash in its description, if that has one.
+
+    Raises:
+        UserError: It is another file.
+    """
+    path, hashes = folder / WEIGHTS, sealed_sha256(description, DESCRIPTION) or {}
+    if WEIGHTS in hashes and file_sha256(path) != hashes[WEIGHTS]:
+        raise UserError(
+            f"{path}: damaged, or of another run (its sha256 is not the one in {DESCRIPTION})"
+        )
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Put the weights of a run into ``model``.
 
     Raises:
-        UserError: The file is damaged or holds another architecture.
+        UserError: The file is damaged, holds another architecture, or numbers that are not finite.
     """
+    path = folder / WEIGHTS
     try:
-        model.load_state_dict(load_file(folder / WEIGHTS))
+        state = load_file(path)
+        model.load_state_dict(state)
     except safetensors.SafetensorError as error:
-        raise UserError(f"{folder / WEIGHTS}: damaged or truncated ({error})") from None
+        raise UserError(f"{path}: damaged or truncated ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise UserError(
-            f"{folder / WEIGHTS}: weights do not fit {DESCRIPTION}: {first[:200]}"
-        ) from None
+        raise UserError(f"{path}: weights do not fit {DESCRIPTION}: {first[:200]}") from None
+    for name, tensor in model.state_dict().items():
+        # load_state_dict would have converted silently.
+        if state[name].dtype != tensor.dtype:
+            raise UserError(f"{path}: {name} is {state[name].dtype}, not {tensor.dtype}")
+        if not bool(state[name].isfinite().all()):
+            raise UserError(f"{path}: {name} holds numbers that are not finite")
 
 
 def load_data_config(folder: str | Path, root: str | None = None) -> DataConfig:
@@ -158,6 +208,6 @@ def load_data_config(folder: str | Path, root: str | None = None) -> DataConfig:
     description = read_description(folder)
     try:
         data: DataConfig = section(DataConfig, description["data"])
-    except MISFITS as error:
+    except MALFORMED as error:
         raise misfit(folder, error) from error
     return replace(data, root=root) if root else data

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from lsgm.errors import UserError
 from lsgm.evaluation.figures import image_grid, save_grid
@@ -18,6 +17,7 @@ from lsgm.files import atomic_write, check_output
 from lsgm.models import VAEModel, load
 from lsgm.npz import ArrayStream, write_npz
 from lsgm.options import SampleOptions, require_run
+from lsgm.progress import progress_bar
 from lsgm.protocols import has_diffusion
 from lsgm.sampling import Batch, iterate_samples, solver_name
 from lsgm.solver_choice import given_solver_options
@@ -48,7 +48,7 @@ def sample_to_file(options: SampleOptions) -> None:
     out = Path(options.out)
     start = time.perf_counter()
     evaluations: list[int] = []
-    bar = tqdm(total=options.num_written, unit="img", disable=None)
+    bar = progress_bar(total=options.num_written, unit="img")
 
     def show(progress: Progress) -> None:
         bar.set_postfix(t=f"{progress.t:.3g}", nfe=progress.nfe)

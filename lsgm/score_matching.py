@@ -57,17 +57,19 @@ def sliced_objective(
             score)^2``.
     """
     x = x.detach().requires_grad_()
-    # the fused attention kernels cannot be differentiated twice
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        score = score_fn(x)
-    curvature = x.new_zeros(len(x))
-    squares = sum_except_batch(score.square()) if reduced else torch.zeros_like(curvature)
-    for v in probes:
-        along = sum_except_batch(score * v)
-        (gradient,) = torch.autograd.grad(along.sum(), x, create_graph=True, materialize_grads=True)
-        curvature = curvature + sum_except_batch(gradient * v) / len(probes)
-        if not reduced:
-            squares = squares + along.square() / len(probes)
+    with torch.enable_grad():  # an evaluation needs these derivatives too
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be differentiated twice
+            score = score_fn(x)
+        curvature = x.new_zeros(len(x))
+        squares = sum_except_batch(score.square()) if reduced else torch.zeros_like(curvature)
+        for v in probes:
+            along = sum_except_batch(score * v)
+            (gradient,) = torch.autograd.grad(
+                along.sum(), x, create_graph=True, materialize_grads=True
+            )
+            curvature = curvature + sum_except_batch(gradient * v) / len(probes)
+            if not reduced:
+                squares = squares + along.square() / len(probes)
     return curvature + 0.5 * squares
 
 

@@ -1,17 +1,23 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import pty
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
 import pytest
 
-from lsgm.cli import STOP_SIGNALS, run
+from lsgm.cli import EXIT_BROKEN_PIPE, EXIT_USER_ERROR, STOP_SIGNALS, run
 from lsgm.errors import UserError
+from lsgm.files import RunFolder
+from lsgm.training.logging import RunLogger
 
 
 def outcome(capsys, error: BaseException | None) -> tuple[int, str]:
@@ -121,3 +127,39 @@ def test_other_errors_keep_their_traceback():
 
     with pytest.raises(RuntimeError, match="broken"):
         run(main)
+
+
+HELP = "print('help ' * 100_000)"
+MISTAKE = "raise UserError('no')"
+
+
+@pytest.mark.parametrize(("main", "code"), [(HELP, EXIT_BROKEN_PIPE), (MISTAKE, EXIT_USER_ERROR)])
+def test_a_reader_that_has_gone_is_no_traceback(main, code, tmp_path):
+    program = f"from lsgm.cli import run, UserError\ndef main():\n    {main}\nrun(main)"
+    read, write = os.pipe()
+    os.close(read)  # as `| head` does when it has seen enough
+    stdout_only = main is HELP
+    with open(tmp_path / "stderr", "wb") as stderr:
+        done = subprocess.run(
+            [sys.executable, "-c", program], stdout=write, stderr=stderr if stdout_only else write
+        )
+    os.close(write)
+    assert done.returncode == code
+    assert (tmp_path / "stderr").read_bytes() == b""
+
+
+@pytest.mark.parametrize("columns", [0, 80])
+def test_a_terminal_of_no_size_gets_lines(columns, tmp_path):
+    primary, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", columns // 3, columns, 0, 0))
+    run_folder = RunFolder.create(tmp_path / "run")
+    with os.fdopen(terminal, "w") as stream:
+        logger = RunLogger(run_folder, 4, stream=stream)
+        logger.open(0)
+        logger.progress(2, 0, {"loss": 1.5}, 1.0)
+        logger.close()
+        stream.flush()
+        text = os.read(primary, 10_000).decode()
+    os.close(primary)
+    assert ("step 2/4  epoch 0  loss 1.5" in text) == (columns == 0)
+    assert ("0/4 [" in text) == (columns == 80)  # a bar

@@ -4,8 +4,18 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from lsgm.config import DataConfig, LSGMTrainConfig, OptimConfig, VAEConfig, VAETrainConfig
+from lsgm.config import (
+    DataConfig,
+    LSGMTrainConfig,
+    OptimConfig,
+    PriorConfig,
+    PriorNetworkConfig,
+    VAEConfig,
+    VAETrainConfig,
+)
 from lsgm.config_data import NCSNTrainConfig
 from lsgm.configio import (
     LSGM_RUN,
@@ -18,7 +28,10 @@ from lsgm.configio import (
     save_config,
     take_data_from_run,
 )
+from lsgm.data.spec import DataSpec
 from lsgm.errors import UserError
+from lsgm.memory import build_within_memory
+from lsgm.models import build_prior, build_vae
 
 
 def message(function, *args, **kwargs) -> str:
@@ -113,6 +126,20 @@ def test_saved_config_reads_back_equal(tmp_path, config):
         ),
         ("vae: {channel_mult: [1, 2, 3]}", "vae.channel_mult: needs 2 positive values"),
         ("[1, 2]", "must hold 'key: value' lines"),
+        ("", "must hold 'key: value' lines"),
+        ("name: ${oc.env:HOME}", "${...} is not expanded"),
+        ("train: {seed: '${oc.env:LSGM_SEED}'}", "${...} is not expanded"),
+        ("data: {root: 'a/${train.seed}/b'}", "${...} is not expanded"),
+        ("name: ${", "cannot be read"),
+        ("train: {seed: 99999999999999999999}", "train.seed: must be below 2^63 in size"),
+        ("train: {seed: " + "9" * 5000 + "}", "integer"),
+        ("train: {epochs: 1e400}", "train.epochs: inf does not fit"),
+        ("optim_vae: {lr: .inf}", "optim_vae.lr: must be finite, not inf"),
+        ("vae: {log_sig_q_scale: .nan}", "log_sig_q_scale: must be positive, not nan"),
+        ("vae: {num_preprocess_blocks: 1000000000}", "num_preprocess_blocks: must be at most 16"),
+        ("train: {num_threads: 1000000000}", "num_threads: must be at most 4096"),
+        ("a: " + "[" * 2000, "nesting depth"),
+        ("a: " + "[" * 900 + "]" * 900, "nested too deeply"),
         ("a: [", "not valid YAML"),
     ],
 )
@@ -128,6 +155,30 @@ def test_bad_value_in_a_nested_section_names_the_whole_key(tmp_path):
     assert "prior.network.dropout: must lie in [0, 1)" in message(
         load_config, LSGMTrainConfig, path
     )
+
+
+def test_the_environment_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("LSGM_SECRET", "hunter2")
+    path = write(tmp_path, "name: ${oc.env:LSGM_SECRET}\ntrain: {epochs: x}")
+    assert "hunter2" not in message(load_config, VAETrainConfig, path)
+
+
+def test_a_network_beyond_the_memory_is_refused_before_it_is_built():
+    spec = DataSpec("digits", 1, 16, 0, binary=True)
+    for wide in ({"num_channels_enc": 10**9}, {"num_latent_per_group": 2**62}):
+        config = dataclasses.replace(VAEConfig(), **wide)
+        assert message(build_vae, config, spec).startswith("vae: the network is too large")
+    prior = PriorConfig(network=PriorNetworkConfig(num_channels=10**6))
+    vae = build_vae(VAEConfig(num_channels_enc=4, num_channels_dec=4), spec)
+    assert "GiB of memory" in message(build_prior, prior, vae)
+
+
+def test_a_rehearsal_draws_no_numbers():
+    torch.manual_seed(3)
+    first = nn.Linear(4, 4)
+    torch.manual_seed(3)
+    second = build_within_memory(lambda: nn.Linear(4, 4), "layer")
+    assert torch.equal(first.weight, second.weight) and second.weight.device.type == "cpu"
 
 
 def test_missing_file_and_folder(tmp_path):
@@ -159,6 +210,10 @@ def test_missing_file_and_folder(tmp_path):
         ("--train 3", "unknown option --train"),
         ("--out", "--out needs one value (DIR), not none"),
         ("--resume 3", "--resume takes no value or auto, not 3"),
+        ("--name ${oc.env:HOME}", "--name: ${...} is not expanded"),
+        ("--train.seed 99999999999999999999", "--train.seed: must be below 2^63 in size"),
+        ("--optim_vae.lr inf", "--optim_vae.lr: must be finite, not inf"),
+        ("--vae.num_latent_scales 99", "--vae.num_latent_scales: must be at most 16, not 99"),
         ("stray", "unexpected argument 'stray'"),
     ],
 )

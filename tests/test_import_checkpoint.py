@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from damage import damages
 from torch import Tensor
 
 import lsgm
@@ -248,3 +252,98 @@ def test_what_does_not_fit_is_named(tmp_path: Path, change: dict[str, Any], name
         import_official_lsgm(file, tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_file_is_one_line_or_the_same_weights(tmp_path: Path) -> None:
+    file = publish(tmp_path / "c.pt")
+    content, whole = file.read_bytes(), read_official_checkpoint(file)
+    refused = 0
+    for damaged in damages(content):
+        file.write_bytes(damaged)
+        try:
+            found = read_official_checkpoint(file)
+        except UserError as error:
+            refused += 1
+            assert str(error).startswith(f"checkpoint {file}: ") and "\n" not in str(error)
+        else:  # padding between the records
+            assert found.args == whole.args
+            assert all(torch.equal(v, whole.vae_state[k]) for k, v in found.vae_state.items())
+    assert refused > 250
+
+
+def test_the_run_knows_its_file(tmp_path: Path) -> None:
+    file = publish(tmp_path / "c.pt")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    imported = import_official_lsgm(file, tmp_path / "run")
+    assert imported.sha256 == digest and digest in str(imported)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["imported"] == {
+        "file": "c.pt",
+        "sha256": digest,
+        "weights": "raw",
+    }
+
+
+def _of_state(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[dict[str, Any]], None]:
+    def apply(raw: dict[str, Any]) -> None:
+        change(raw["vae_state_dict"])
+
+    return apply
+
+
+def _of_args(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda raw: vars(raw["args"]).update(changes)
+
+
+MALFORMED: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "options that are a number": lambda raw: raw.update(args=3),
+    "weights that are a list": lambda raw: raw.update(vae_state_dict=[1]),
+    "weights that are text": _of_state(lambda state: state.update({"stem.bias": "x"})),
+    "integer weights": _of_state(lambda s: s.update({"stem.bias": s["stem.bias"].int()})),
+    "complex weights": _of_state(lambda s: s.update({"stem.bias": s["stem.bias"] + 1j})),
+    "NaN": _of_state(lambda s: s["stem.bias"].fill_(float("nan"))),
+    "a missing weight": _of_state(lambda s: s.pop("stem.bias")),
+    "a flat weight": _of_state(lambda s: s.update({"stem.weight": s["stem.weight"].flatten()})),
+    "a flat image": _of_state(lambda s: s.update(prior_ftr0=torch.zeros(()))),
+    "an optimizer that is text": lambda raw: raw.update(vae_optimizer="adam"),
+    "an optimizer's state that is a list": lambda raw: raw.update(vae_optimizer={"state": [1]}),
+    "an average of no parameter": lambda raw: raw.update(
+        vae_optimizer={"state": {-1: {"ema": torch.zeros(1)}}}
+    ),
+    "an average that is NaN": lambda raw: raw.update(
+        vae_optimizer={"state": {0: {"ema": torch.full((8, 1, 3, 3), float("nan"))}}}
+    ),
+    "steps that are text": lambda raw: raw.update(global_step="many"),
+    "power vectors of nothing": lambda raw: raw.update(sn_calculator={"sr_u": 3}),
+    "text for a number": _of_args(num_channels_enc="8"),
+    "no whole number": _of_args(num_channels_enc=8.5),
+    "a billion channels": _of_args(num_channels_enc=10**9),
+    "a number of 30 digits": _of_args(num_latent_per_group=10**30),
+    "a thousand halvings": _of_args(num_preprocess_blocks=1000),
+    "a negative count": _of_args(num_groups_per_scale=-1),
+    "a list for a name": _of_args(dataset=["omniglot"]),
+    "a rate that is NaN": _of_args(learning_rate_vae=float("nan")),
+    "epochs that are text": _of_args(warmup_epochs="two"),
+}
+
+
+@pytest.mark.parametrize("change", MALFORMED.values(), ids=MALFORMED.keys())
+def test_malformed_contents_are_one_line(
+    monkeypatch: Any, capsys: Any, tmp_path: Path, change: Callable[[dict[str, Any]], Any]
+) -> None:
+    file, out = publish(tmp_path / "c.pt"), tmp_path / "run"
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        raw = torch.load(file, weights_only=True)
+    change(raw)
+    torch.save(raw, file)
+    code, text, errors = outcome(monkeypatch, capsys, "official-lsgm", file, "--out", out)
+    assert (code, text) == (2, "") and not out.exists()
+    assert errors.startswith("error: checkpoint") and errors.count("\n") == 1
+
+
+def test_a_file_without_checksums_is_not_trusted(tmp_path: Path) -> None:
+    file = publish(tmp_path / "c.pt")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        raw = torch.load(file, weights_only=True)
+    torch.save(raw, file, _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match="not a zip file"):
+        read_official_checkpoint(file)

@@ -9,7 +9,7 @@ import torch
 
 from lsgm import files
 from lsgm.errors import UserError
-from lsgm.files import RunFolder, atomic_save, atomic_write, atomic_write_text
+from lsgm.files import RunFolder, atomic_save, atomic_write, atomic_write_json, atomic_write_text
 from lsgm.training.checkpoint import CheckpointError, Checkpoints
 
 STATE = {"weights": {"w": torch.arange(2000.0)}, "counters": {"step": 3}, "list": [1, 2.5, "a"]}
@@ -183,7 +183,7 @@ def test_run_folder_is_not_overwritten(tmp_path):
     run = RunFolder.create(tmp_path / "run")
     assert run.samples.is_dir() and run.checkpoints.is_dir()
     RunFolder.create(tmp_path / "run")  # nothing there yet
-    run.write_info({"kind": "vae"})
+    atomic_write_json(run.info, {"kind": "vae"})
     with pytest.raises(UserError, match="--resume"):
         RunFolder.create(tmp_path / "run")
     assert RunFolder.resume(tmp_path / "run").read_info() == {"kind": "vae"}

@@ -8,7 +8,7 @@ import pytest
 from lsgm.config import LSGMTrainConfig, VAETrainConfig
 from lsgm.configio import load_config, save_config
 from lsgm.errors import UserError
-from lsgm.files import RunFolder
+from lsgm.files import RunFolder, atomic_write_json
 from lsgm.training.resume import (
     Plan,
     configuration_changes,
@@ -41,7 +41,7 @@ def begin(run, *, checkpoint=False, finished=False, noted=True):
         (run.checkpoints / "step_00000007.pt").touch()
     if finished:
         run.weights.touch()
-        run.write_info(release_notes(CONFIG.train, 7) if noted else {"steps": 7})
+        atomic_write_json(run.info, release_notes(CONFIG.train, 7) if noted else {"steps": 7})
 
 
 def test_nothing_there(run):

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from lsgm.benchmark.few_step_ablation import ablation_rows
 from lsgm.benchmark.few_step_cases import Case, mixture_case, run_case
@@ -26,6 +25,7 @@ from lsgm.benchmark.overhead import Overhead, measure_overhead
 from lsgm.benchmark.reference_samplers import METHODS, reference_samplers
 from lsgm.configio import parse_command_line
 from lsgm.files import check_output
+from lsgm.progress import progress_bar
 from lsgm.solvers import GRIDS, SOLVERS, Solver, make_grid, make_solver
 from lsgm.training.precision import choose_device
 
@@ -243,7 +243,7 @@ def few_step_command(argv: Sequence[str]) -> None:
             choose_device(options.device),
             options.data_root,
         )
-    with tqdm(total=len(options.nfe), unit="NFE", disable=None) as bar:
+    with progress_bar(total=len(options.nfe), unit="NFE") as bar:
         result = measure(case, options, lambda _: bar.update(1))
     result = replace(result, overhead=measure_overhead(case))
     print(write_report(result, Path(options.out)))

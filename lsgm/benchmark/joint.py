@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lsgm.benchmark.accounting import peak_memory
 from lsgm.benchmark.training import (
@@ -37,6 +36,7 @@ from lsgm.models import LSGM, VAEModel, build_prior, build_vae
 from lsgm.objectives import prior_losses
 from lsgm.overrides import Option
 from lsgm.processes import in_fresh_process
+from lsgm.progress import progress_bar
 from lsgm.training.precision import choose_device
 from lsgm.training.stages import LSGMStage, VAEStage
 from lsgm.training.state import Stage, StepContext, StepOutput
@@ -164,7 +164,7 @@ def _times_job(vae: VAETrainConfig, config: LSGMTrainConfig, repeats: int) -> Ti
     steps = {name: phase.step(config.train.precision) for name, phase in made.items()}
     rounds: Times = []
     shuffled = random.Random(0)
-    for number in tqdm(range(WARMUP_STEPS + repeats), "rounds", leave=False, disable=None):
+    for number in progress_bar(range(WARMUP_STEPS + repeats), "rounds", leave=False):
         spent = dict.fromkeys(NAMES, (0.0, 0.0))
         for name in shuffled.sample(NAMES, len(NAMES)):
             start, cpu_start = time.perf_counter(), time.process_time()

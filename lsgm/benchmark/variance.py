@@ -13,7 +13,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lsgm.benchmark.gradients import SIDES, STUDIED_TIMES, Latents, NoiseRow, study
 from lsgm.configio import parse_command_line
@@ -22,6 +21,7 @@ from lsgm.errors import UserError
 from lsgm.evaluation.nll import evaluation_batches
 from lsgm.files import atomic_write, atomic_write_json, check_output
 from lsgm.models import LSGM, build_prior, load, load_data_config
+from lsgm.progress import progress_bar
 from lsgm.score import MixedNormalScore
 from lsgm.sde import SDES, LinearSDE, largest_squared_distance, make_sde
 from lsgm.tensors import expand_like
@@ -208,7 +208,7 @@ def _study(
         options.repeats,
         seed=1000 * options.seed,
         weightings=options.weightings,
-        progress=lambda items: tqdm(items, desc=f"{kind}, {state}", leave=False, disable=None),
+        progress=lambda items: progress_bar(items, desc=f"{kind}, {state}", leave=False),
     )
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lsgm.config import DataConfig
 from lsgm.data.discovery import count_files, find_images, subfolders
 from lsgm.data.images import EXTENSIONS, is_grey, read_image
 from lsgm.data.spec import Datasets, DataSpec, ImageDataset
 from lsgm.errors import UserError
+from lsgm.progress import progress_bar
 
 __all__ = ["Folder", "FolderDataset"]
 
@@ -210,7 +210,7 @@ class FolderDataset(ImageDataset):
         threads = min(READING_THREADS, os.cpu_count() or 1)
         damaged = []
         items = np.flatnonzero(~self._cached).tolist()
-        bar = tqdm(total=len(items), desc="reading images", unit="img", leave=False, disable=None)
+        bar = progress_bar(total=len(items), desc="reading images", unit="img", leave=False)
         with bar, ThreadPoolExecutor(threads) as pool:
             for start in range(0, len(items), 1000):  # a bound on waiting jobs
                 for error in pool.map(self._try, items[start : start + 1000]):

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lsgm.config_checks import require_non_negative, require_positive
+
 __all__ = ["DataSpec", "Datasets", "ImageDataset", "LabelledImages", "map_batch"]
 
 
@@ -61,6 +63,10 @@ class DataSpec:
     flip: bool = False
     affine: bool = False
     affine_padding: str = "zeros"
+
+    def __post_init__(self) -> None:
+        require_positive(self, "channels image_size num_classes")
+        require_non_negative(self, "padding")
 
     @property
     def network_size(self) -> int:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lsgm.config import DataConfig
 from lsgm.data import Datasets, build_datasets
@@ -40,6 +39,7 @@ from lsgm.evaluation.nll import (
 from lsgm.files import atomic_write_json, check_output, sweep
 from lsgm.models import LSGM, VAEModel, load, load_data_config
 from lsgm.options import EvaluateOptions, require_run
+from lsgm.progress import progress_bar
 from lsgm.release import read_description
 from lsgm.sampling import draw_samples
 from lsgm.training.precision import choose_device
@@ -191,7 +191,7 @@ def _run_metric(
         "bits": {"tolerance": options.tolerance},
     }[name]
     total = len(batches.index)
-    with tqdm(total=total, desc=f"{label} {name}", unit="img", leave=False, disable=None) as bar:
+    with progress_bar(total=total, desc=f"{label} {name}", unit="img", leave=False) as bar:
         return METRICS[name](
             model,
             batches,

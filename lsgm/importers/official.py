@@ -12,6 +12,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from lsgm.errors import UserError
 from lsgm.importers.official_names import BUFFERS, published_layers, published_names
+from lsgm.integrity import check_records
+from lsgm.memory import build_within_memory
 from vae.hierarchical import HierarchicalVAE
 from vae.layers import Conv2d, WeightNormConv2d
 from vae.regularization import SpectralNormRegularizer
@@ -90,6 +93,7 @@ def read_official_checkpoint(path: str | Path) -> OfficialCheckpoint:
     if not path.is_file():
         raise UserError(f"checkpoint {path}: there is no such file")
     try:
+        check_records(path)
         with torch.serialization.safe_globals(_harmless_types()):
             raw = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -100,24 +104,30 @@ def read_official_checkpoint(path: str | Path) -> OfficialCheckpoint:
         raise UserError(
             f"checkpoint {path}: holds something other than tensors and plain values ({detail})"
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # zipfile and torch raise many kinds for a damaged file
         raise UserError(
-            f"checkpoint {path}: not a readable PyTorch file ({_first_line(error)})"
+            f"checkpoint {path}: damaged, or not a file of torch.save ({_first_line(error)})"
         ) from error
     if not isinstance(raw, dict):
         raise UserError(f"checkpoint {path}: holds a {type(raw).__name__}, not a dictionary")
     for key in ("args", "vae_state_dict"):
         if key not in raw:
-            raise UserError(
-                f"checkpoint {path}: has no {key!r}; its keys are {', '.join(map(str, raw))}"
-            )
+            found = shorten(", ".join(map(str, raw)), 200)
+            raise UserError(f"checkpoint {path}: has no {key!r}; its keys are {found}")
     args = raw["args"]
-    args = dict(args) if isinstance(args, Mapping) else dict(vars(args))
+    if isinstance(args, argparse.Namespace):
+        args = vars(args)
+    if not isinstance(args, Mapping):
+        raise UserError(f"checkpoint {path}: its 'args' are a {type(args).__name__}, not options")
+    for key in ("vae_state_dict", "dae_state_dict"):
+        if key in raw:
+            _check_weights(raw[key], f"checkpoint {path}: {key}")
+    averages = {key: _averages(raw.get(key), path) for key in ("vae_optimizer", "dae_optimizer")}
     state = {k: v for k, v in raw["vae_state_dict"].items() if not k.endswith(DUPLICATE)}
     return OfficialCheckpoint(
-        args=args,
+        args=dict(args),
         vae_state=state,
-        vae_ema=_ema_weights(state, raw.get("vae_optimizer"), path),
+        vae_ema=_ema_weights(state, averages["vae_optimizer"], path),
         vae_power_vectors=_power_vectors(raw.get("vae_sn_calculator", raw.get("sn_calculator"))),
         raw=raw,
     )
@@ -138,6 +148,30 @@ def _harmless_types() -> list[Any]:
     ]
 
 
+def _check_weights(state: Any, what: str) -> None:
+    if not isinstance(state, Mapping):
+        raise UserError(f"{what} is a {type(state).__name__}, not a dictionary of weights")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise UserError(f"{what}: {name!r} is no named tensor")
+        counter = name.endswith("num_batches_tracked")
+        if not (counter or tensor.is_floating_point()):
+            raise UserError(f"{what}: {name} is {tensor.dtype}, not floating point")
+        if not bool(tensor.isfinite().all()):
+            raise UserError(f"{what}: {name} holds numbers that are not finite")
+
+
+def _averages(optimizer: Any, path: Path) -> dict[int, Tensor]:
+    """The averaged weights in an optimizer's state, by the position of their parameter."""
+    try:
+        slots = (optimizer or {}).get("state", {}).items()
+        averages = {int(index): slot["ema"] for index, slot in slots if "ema" in slot}
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(f"checkpoint {path}: holds no optimizer state of PyTorch") from None
+    _check_weights({str(k): v for k, v in averages.items()}, f"checkpoint {path}: the averages")
+    return averages
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
@@ -147,21 +181,18 @@ def _is_buffer(name: str) -> bool:
 
 
 def _ema_weights(
-    state: Mapping[str, Tensor], optimizer: Mapping[str, Any] | None, path: Path
+    state: Mapping[str, Tensor], averages: Mapping[int, Tensor], path: Path
 ) -> dict[str, Tensor] | None:
-    slots = (optimizer or {}).get("state", {})
-    if not any("ema" in slot for slot in slots.values()):
+    if not averages:
         return None
     weights = dict(state)
     names = [name for name in state if not _is_buffer(name)]
-    for index, slot in slots.items():
-        if "ema" not in slot:
-            continue  # a parameter that never had a gradient
-        if index >= len(names) or slot["ema"].shape != state[names[index]].shape:
+    for index, ema in averages.items():  # a parameter that never had a gradient has none
+        if not 0 <= index < len(names) or ema.shape != state[names[index]].shape:
             raise UserError(
                 f"checkpoint {path}: average {index} of the VAE's optimizer fits no parameter"
             )
-        weights[names[index]] = slot["ema"]
+        weights[names[index]] = ema
     return weights
 
 
@@ -243,8 +274,9 @@ def load_official_vae(
                 "checkpoint: its optimizer holds no averaged VAE weights; use the raw ones"
             )
         state = checkpoint.vae_ema
+    arguments = vae_arguments(checkpoint.args, state)
     try:
-        vae = HierarchicalVAE(**vae_arguments(checkpoint.args, state))
+        vae = build_within_memory(lambda: HierarchicalVAE(**arguments), "checkpoint")
     except ValueError as error:
         raise UserError(f"checkpoint: its options do not describe a VAE ({error})") from error
     vae.load_state_dict(official_vae_weights(vae, state))

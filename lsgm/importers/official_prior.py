@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from lsgm.memory import build_within_memory
 from lsgm.networks.layers import AttentionBlock, GroupNormSiLU, ResidualBlock
 from lsgm.networks.ncsnpp import (
     DownLevel,
@@ -281,7 +282,9 @@ def load_official_prior(
     if "dae_state_dict" not in raw:
         raise ValueError("the checkpoint holds no prior (dae_state_dict); is it a first-stage VAE?")
     arguments = prior_arguments(raw["args"])
-    network = NCSNpp(arguments.channels, arguments.resolution, **arguments.network)
+    network = build_within_memory(
+        lambda: NCSNpp(arguments.channels, arguments.resolution, **arguments.network), "checkpoint"
+    )
     score = MixedNormalScore(
         network, arguments.sde, arguments.channels, arguments.mixing_init, arguments.mixed
     )

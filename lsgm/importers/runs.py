@@ -26,7 +26,7 @@ from lsgm.config import (
 )
 from lsgm.configio import save_config
 from lsgm.data.spec import DataSpec
-from lsgm.errors import UserError
+from lsgm.errors import MALFORMED, UserError, malformed
 from lsgm.files import RunFolder
 from lsgm.importers.official import (
     OfficialCheckpoint,
@@ -40,6 +40,7 @@ from lsgm.importers.official_prior import (
     load_official_prior,
     prior_arguments,
 )
+from lsgm.integrity import file_sha256
 from lsgm.models import LSGM, VAEModel, save
 from lsgm.score import MixedNormalScore
 
@@ -77,6 +78,7 @@ class ImportedRun:
         parameters: Number of trainable values.
         weights: Which weights of the VAE (``"vae"``) or the prior (``"lsgm"``) were taken.
         steps: Optimizer steps behind them, or None where the file does not say.
+        sha256: Hash of the file.
     """
 
     path: Path
@@ -85,6 +87,7 @@ class ImportedRun:
     parameters: int
     weights: Weights
     steps: int | None
+    sha256: str
 
     def __str__(self) -> str:
         trained = "" if self.steps is None else f", {self.steps} steps of training"
@@ -92,7 +95,7 @@ class ImportedRun:
         of = " of the prior, last of the VAE" if self.kind == LSGM.kind else ""
         return (
             f"{self.path}: {self.kind} of {self.dataset}, {self.parameters:,} parameters, "
-            f"{which}{of}{trained}"
+            f"{which}{of}{trained}; sha256 of the file {self.sha256}"
         )
 
 
@@ -113,17 +116,24 @@ def import_official_lsgm(
             or describes something that does not fit; the message names it. Or if ``out`` already
             holds a run.
     """
-    checkpoint = read_official_checkpoint(file)
-    has_prior = "dae_state_dict" in checkpoint.raw
-    chosen: Weights = weights or ("ema" if has_prior else "raw")
-    model, data, config = (_lsgm if has_prior else _vae)(checkpoint, chosen, Path(out).name)
-    steps = checkpoint.raw.get("global_step")
+    try:
+        checkpoint = read_official_checkpoint(file)
+        has_prior = "dae_state_dict" in checkpoint.raw
+        chosen: Weights = weights or ("ema" if has_prior else "raw")
+        steps = checkpoint.raw.get("global_step")
+        model, data, config = (_lsgm if has_prior else _vae)(checkpoint, chosen, Path(out).name)
+        steps = None if steps is None else int(steps)
+    except MALFORMED as error:
+        raise malformed(f"checkpoint {file}", "what a published run writes", error) from error
+    sha256 = file_sha256(Path(file))
     run = RunFolder.create(out)
-    notes = {"steps": steps, "imported": {"file": Path(file).name, "weights": chosen}}
+    source = {"file": Path(file).name, "sha256": sha256, "weights": chosen}
+    notes = {"steps": steps, "imported": source}
     save_config(config, run.config)
     save(model, run.path, data, notes)
     size = sum(p.numel() for p in model.parameters())
-    return ImportedRun(run.path, model.kind, checkpoint.args["dataset"], size, chosen, steps)
+    dataset = checkpoint.args["dataset"]
+    return ImportedRun(run.path, model.kind, dataset, size, chosen, steps, sha256)
 
 
 def _vae(

@@ -13,12 +13,14 @@ from lsgm.training.distributed import World, on_main
 from lsgm.training.loop import EvalContext
 from lsgm.training.state import TrainState
 
-__all__ = ["BestWeights"]
+__all__ = ["BestWeights", "Release"]
 
 METRICS = ("nelbo", "loss")
 """What is smallest in the best evaluation: the first of these that it returns."""
 
 Evaluate = Callable[[EvalContext], Mapping[str, float]]
+Release = Callable[[TrainState, dict[str, Any]], None]
+"""Writes the trained model, with notes for its ``run.json``."""
 
 
 class BestWeights:
@@ -47,23 +49,22 @@ class BestWeights:
 
         return watched
 
-    def releasing(self, release: Callable[[TrainState], None]) -> Callable[[TrainState], None]:
+    def releasing(self, release: Release) -> Release:
         """``release`` of the best weights in place of the last: it finds them in the state's
-        evaluation models, and ``run.json`` says from which step they are.
+        evaluation models, and its notes say from which step they are.
         """
 
-        def of_the_best(state: TrainState) -> None:
+        def of_the_best(state: TrainState, notes: dict[str, Any]) -> None:
             best = self._read()
             if best is None:  # no evaluation has been finite
-                release(state)
+                release(state, notes)
                 return
             step, content = best
             models = state.evaluation_models()
             for name, weights in content["models"].items():
                 models[name].load_state_dict(weights)
-            release(state)
             chosen = {"step": step, content["metric"]: content["value"]}
-            self.run.write_info({**self.run.read_info(), "release": chosen})
+            release(state, {**notes, "release": chosen})
 
         return of_the_best
 

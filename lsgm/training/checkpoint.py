@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 
 from lsgm.errors import UserError
 from lsgm.files import atomic_save, sweep
+from lsgm.integrity import check_records
 
 __all__ = ["CheckpointError", "Checkpoints"]
 
@@ -84,7 +84,7 @@ class Checkpoints:
         """
         path = self.path(step)
         try:
-            _check_sums(path)
+            check_records(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise CheckpointError(f"{path} does not exist") from None
@@ -136,14 +136,6 @@ class Checkpoints:
         if problems:
             raise UserError("no checkpoint can be used: " + "; ".join(problems))
         return None
-
-
-def _check_sums(path: Path) -> None:
-    # torch.load does not look at the checksums that torch.save stores.
-    with zipfile.ZipFile(path) as archive:
-        bad = archive.testzip()
-    if bad is not None:
-        raise ValueError(f"wrong checksum of {bad}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -28,7 +28,7 @@ from lsgm.training.distributed import distributed
 from lsgm.training.evaluation import evaluate_classifier, evaluate_score_model
 from lsgm.training.launch import OpenRun, fit_run, open_run
 from lsgm.training.loop import EvalContext
-from lsgm.training.resume import Resume, release_notes
+from lsgm.training.resume import Resume
 from lsgm.training.score_stage import ScoreStage
 from lsgm.training.state import TrainState
 
@@ -69,9 +69,8 @@ def _train_score(config: NCSNTrainConfig, run: OpenRun) -> None:
         averaged = model.with_score(context.models["score"]).eval()
         return evaluate_score_model(averaged, config.objective, datasets, context)
 
-    def release(state: TrainState) -> None:
+    def release(state: TrainState, notes: dict[str, Any]) -> None:
         averaged = model.with_score(state.evaluation_models()["score"])
-        notes = release_notes(config.train, state.step)
         save(averaged, run.folder.path, config.data, notes)
 
     fit_run(
@@ -120,9 +119,8 @@ def _train_classifier(config: NCSNTrainConfig, run: OpenRun) -> None:
         averaged = model.with_network(cast(Classifier, context.models["classifier"])).eval()
         return evaluate_classifier(averaged, datasets, context)
 
-    def release(state: TrainState) -> None:
+    def release(state: TrainState, notes: dict[str, Any]) -> None:
         network = cast(Classifier, state.evaluation_models()["classifier"])
-        notes = release_notes(config.train, state.step)
         save(model.with_network(network), run.folder.path, config.data, notes)
 
     fit_run(

@@ -16,11 +16,11 @@ from lsgm.errors import UserError
 from lsgm.files import RunFolder, atomic_write_json
 from lsgm.locks import FolderLock
 from lsgm.release import Described
-from lsgm.training.best import BestWeights
+from lsgm.training.best import BestWeights, Release
 from lsgm.training.distributed import World, on_main
 from lsgm.training.loop import EvalContext, fit
-from lsgm.training.resume import Plan, Resume, plan, record_changes
-from lsgm.training.state import Stage, TrainState
+from lsgm.training.resume import Plan, Resume, plan, record_changes, release_notes
+from lsgm.training.state import Stage
 
 __all__ = ["OpenRun", "RunConfig", "fit_run", "open_run"]
 
@@ -119,7 +119,7 @@ def fit_run(
     run: OpenRun,
     *,
     evaluate: Callable[[EvalContext], Mapping[str, float | None]],
-    release: Callable[[TrainState], None],
+    release: Release,
     draw_curves: Callable[[RunFolder], None] | None = None,
     labels: bool = False,
 ) -> None:
@@ -133,7 +133,7 @@ def fit_run(
         optims: Optimizer of each side.
         run: The folder.
         evaluate: See :func:`lsgm.training.loop.fit`.
-        release: Writes the trained model.
+        release: Writes the trained model, with notes for its ``run.json``.
         draw_curves: Called on the main process after every evaluation is in the log.
         labels: Train on images with their classes.
 
@@ -182,7 +182,7 @@ def fit_run(
         evaluate=evaluate,
         resume=run.plan.resume,
         world=world,
-        release=release,
+        release=lambda state: release(state, release_notes(train, state.step)),
         draw_curves=draw_curves,
         on_start=on_start,
     )

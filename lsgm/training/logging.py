@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lsgm.files import RunFolder, json_text, open_log
+from lsgm.progress import has_terminal
 from lsgm.training.distributed import World, all_mean
 
 __all__ = ["MeanMetrics", "RunLogger"]
@@ -114,7 +115,7 @@ class RunLogger:
         self.close()
         self._file = open_log(self.run.metrics, length, self.say)
         self._writer = SummaryWriter(str(self.run.path), purge_step=step + 1 if step else None)
-        if self.stream.isatty():
+        if has_terminal(self.stream):
             self._bar = tqdm(
                 total=self.total_steps,
                 initial=step,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lsgm.config import OptimConfig, TrainConfig
-from lsgm.errors import UserError
+from lsgm.errors import MALFORMED, UserError, malformed
 from lsgm.files import RunFolder
 from lsgm.training.checkpoint import Checkpoints
 from lsgm.training.distributed import World, on_main, wrap
@@ -337,24 +337,27 @@ class _Trainer:
         if step is None:
             return False
         state = found[0][1] if found else self.checkpoints.load(step)
+        path = self.checkpoints.path(step)
         batch_size = state.get("batch_size", self.config.batch_size)
-        self.state.load_state_dict(
-            state,
-            str(self.checkpoints.path(step)),
-            another_batch=batch_size != self.config.batch_size,
-        )
+        try:
+            self.state.load_state_dict(
+                state, str(path), another_batch=batch_size != self.config.batch_size
+            )
+            self.means.load_state_dict(state["means"])
+            self.steps_since_log, self.seconds_since_log = state["since_log"]
+            length = int(state["metrics_length"])
+        except MALFORMED as error:
+            raise malformed(path, "a checkpoint of this run", error) from error
         self.state.total_steps = _total_steps(self.config, self.batches, self.state.counters.offset)
         if step > self.state.total_steps:
             raise UserError(
                 f"train.epochs, train.max_steps: the run is at step {step} already, they end it at "
                 f"step {self.state.total_steps}"
             )
-        self.means.load_state_dict(state["means"])
-        self.steps_since_log, self.seconds_since_log = state["since_log"]
         self.saved_step = step
         on_main(self.world, lambda: on_start(step))
         self.logger.total_steps = self.state.total_steps
-        self.logger.open(self.state.step, state["metrics_length"])
+        self.logger.open(self.state.step, length)
         return True
 
     def return_to_checkpoint(self, reason: str) -> None:

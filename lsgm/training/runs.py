@@ -22,7 +22,7 @@ from lsgm.training.distributed import distributed
 from lsgm.training.evaluation import evaluate_vae
 from lsgm.training.launch import OpenRun, fit_run, open_run
 from lsgm.training.loop import EvalContext
-from lsgm.training.resume import Resume, release_notes
+from lsgm.training.resume import Resume
 from lsgm.training.stages import LSGMStage, VAEStage
 from lsgm.training.state import Stage, TrainState
 from vae.objective import active_channels, kl_per_channel
@@ -180,9 +180,8 @@ def _fit(
         averaged = with_weights(model, context.models)
         return evaluate_vae(averaged, datasets, data, context)
 
-    def release(state: TrainState) -> None:
+    def release(state: TrainState, notes: dict[str, Any]) -> None:
         averaged = _unmasked(with_weights(model, state.evaluation_models()))
-        notes = release_notes(config.train, state.step)
         save(averaged, run.folder.path, data, notes)
 
     def draw_curves(folder: RunFolder) -> None:

@@ -318,7 +318,12 @@ class TrainState:
         self.stage.load_extra_state(state["extra"])
         for name, side in self.sides.items():
             _load_optimizer(side.optimizer, state["optimizers"][name])
-            if side.ema is not None and name in state["ema"]:
+            if side.ema is not None:
+                if name not in state["ema"]:
+                    raise UserError(
+                        f"{source} holds no average of the weights of {name}: keep the run's "
+                        f"ema_decay"
+                    )
                 side.ema.load_state_dict(state["ema"][name])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
