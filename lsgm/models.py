@@ -29,6 +29,7 @@ from lsgm.memory import build_within_memory
 from lsgm.networks import NCSNpp
 from lsgm.objectives import NormalReference, latent_cross_entropy
 from lsgm.release import (
+    DESCRIPTION,
     check_weights,
     load_data_config,
     load_weights,
@@ -50,6 +51,7 @@ __all__ = [
     "LSGM",
     "NELBO",
     "VAEModel",
+    "build_described",
     "build_prior",
     "build_vae",
     "load",
@@ -344,15 +346,24 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Any:
     folder = Path(folder)
     description = read_description(folder)
     check_weights(folder, description)
+    model = build_described(description, folder / DESCRIPTION)
+    load_weights(model, folder)
+    return model.to(device).eval()
+
+
+def build_described(description: dict[str, Any], source: Path) -> nn.Module:
+    """The model that a description stands for, with weights still to be read.
+
+    Raises:
+        UserError: There is no such model; the line names ``source``, the description's file.
+    """
     try:
         kind = description["kind"]
         if not isinstance(kind, str) or kind not in BUILDERS:
             raise ValueError(f"unknown kind {kind!r}; known are {', '.join(BUILDERS)}")
-        model = BUILDERS[kind](description, section(DataSpec, description["spec"]))
+        return BUILDERS[kind](description, section(DataSpec, description["spec"]))
     except (*MALFORMED, UserError) as error:
-        raise misfit(folder, error) from error
-    load_weights(model, folder)
-    return model.to(device).eval()
+        raise misfit(source, error) from error
 
 
 def _vae_of(description: dict[str, Any], spec: DataSpec) -> VAEModel:

@@ -117,14 +117,14 @@ def read_description(folder: Path) -> dict[str, Any]:
     try:
         sealed_sha256(description, DESCRIPTION)
     except ValueError as error:
-        raise misfit(folder, error) from None
+        raise misfit(folder / DESCRIPTION, error) from None
     return description
 
 
-def misfit(folder: Path, error: Exception) -> UserError:
-    """What is wrong with a run's description, by the error that it led to."""
+def misfit(source: Path, error: Exception) -> UserError:
+    """What is wrong with a description in the file ``source``, by the error that it led to."""
     reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-    return UserError(f"{folder / DESCRIPTION}: {reason}")
+    return UserError(f"{source}: {reason}")
 
 
 def section(cls: type, values: dict[str, Any]) -> Any:
@@ -209,5 +209,5 @@ def load_data_config(folder: str | Path, root: str | None = None) -> DataConfig:
     try:
         data: DataConfig = section(DataConfig, description["data"])
     except MALFORMED as error:
-        raise misfit(folder, error) from error
+        raise misfit(folder / DESCRIPTION, error) from error
     return replace(data, root=root) if root else data

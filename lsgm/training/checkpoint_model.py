@@ -12,11 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsgm.data import DataSpec
 from lsgm.errors import UserError
 from lsgm.files import RunFolder
-from lsgm.models import BUILDERS
-from lsgm.release import MISFITS
+from lsgm.models import build_described
 from lsgm.training.checkpoint import CheckpointError, Checkpoints
 from lsgm.training.state import architecture_mismatch
 
@@ -86,10 +84,7 @@ def _architecture(run: RunFolder) -> nn.Module:
     else:
         names = f"{run.info.name} nor {run.start.name}"
         raise UserError(f"--checkpoint: {run.path} has neither {names}")
-    try:
-        model = BUILDERS[description["kind"]](description, DataSpec(**description["spec"]))
-    except MISFITS as error:
-        raise UserError(f"{file}: damaged ({error})") from error
+    model = build_described(description, file)
     if not all(hasattr(model, name) for name in ("spec", "to_images")):
         raise UserError(f"--run: {run.path} is a classifier, which makes no images")
     return model

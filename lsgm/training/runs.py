@@ -11,12 +11,11 @@ from typing import Any
 import torch
 
 from lsgm.config import LSGMTrainConfig, PriorConfig, VAETrainConfig
-from lsgm.data import Batches, Datasets, DataSpec, fitting_batch_size, preprocess
+from lsgm.data import Batches, Datasets, fitting_batch_size, preprocess
 from lsgm.errors import UserError
 from lsgm.evaluation.figures import learning_curves, read_metrics
 from lsgm.files import RunFolder
-from lsgm.models import BUILDERS, LSGM, VAEModel, build_prior, build_vae, load, save
-from lsgm.release import MISFITS
+from lsgm.models import LSGM, VAEModel, build_described, build_prior, build_vae, load, save
 from lsgm.sde import largest_squared_distance
 from lsgm.training.distributed import distributed
 from lsgm.training.evaluation import evaluate_vae
@@ -94,11 +93,9 @@ def _begin(config: LSGMTrainConfig, datasets: Datasets) -> LSGM:
 
 def _begun(description: dict[str, Any], config: LSGMTrainConfig, run: RunFolder) -> LSGM:
     """The model of a run to go on with, as it was built; its weights are in the checkpoint."""
-    try:
-        model = BUILDERS[LSGM.kind](description, DataSpec(**description["spec"]))
-    except MISFITS as error:
-        raise UserError(f"{run.start}: damaged ({error})") from error
-    assert isinstance(model, LSGM)
+    model = build_described(description, run.start)
+    if not isinstance(model, LSGM):
+        raise UserError(f"{run.start}: it describes no LSGM")
     prior = replace(config.prior, sde=model.prior_config.sde)
     return LSGM(model.vae, model.score, model.spec, model.vae_config, prior)
 
