@@ -30,7 +30,7 @@ LARGEST_FLOAT32 = 3.4e38
 
 def check_values(config: Any, prefix: str = "") -> None:
     """Refuse what no field may hold, in a section and those in it: numbers that are not finite or
-    beyond the numbers of the computation, and references to the environment, which are never expanded.
+    too large to compute with, and references to the environment, which are never expanded.
 
     Raises:
         ValueError: The message names the whole key.
