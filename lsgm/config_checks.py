@@ -24,10 +24,13 @@ def require(condition: bool, message: str) -> None:
 UNBOUNDED = ("churn_max",)
 """Numbers that may be infinite."""
 
+LARGEST_FLOAT32 = 3.4e38
+"""Networks and optimizers compute in float32."""
+
 
 def check_values(config: Any, prefix: str = "") -> None:
     """Refuse what no field may hold, in a section and those in it: numbers that are not finite or
-    beyond 64 bits, and references to the environment, which are never expanded.
+    too large to compute with, and references to the environment, which are never expanded.
 
     Raises:
         ValueError: The message names the whole key.
@@ -51,6 +54,8 @@ def _check_value(key: str, value: Any, unbounded: bool) -> None:
     elif isinstance(value, float):
         finite = math.isfinite(value) or (unbounded and not math.isnan(value))
         require(finite, f"{key}: must be finite, not {value}")
+        beyond = math.isfinite(value) and abs(value) > LARGEST_FLOAT32
+        require(not beyond, f"{key}: must be below {LARGEST_FLOAT32:.3g} in size, not {value:.3g}")
 
 
 def require_positive(section: object, names: str) -> None:

@@ -134,6 +134,7 @@ def test_saved_config_reads_back_equal(tmp_path, config):
         ("train: {seed: 99999999999999999999}", "train.seed: must be below 2^63 in size"),
         ("train: {seed: " + "9" * 5000 + "}", "integer"),
         ("train: {epochs: 1e400}", "train.epochs: inf does not fit"),
+        ("optim_vae: {weight_decay: 1e308}", "weight_decay: must be below 3.4e+38 in size"),
         ("optim_vae: {lr: .inf}", "optim_vae.lr: must be finite, not inf"),
         ("vae: {log_sig_q_scale: .nan}", "log_sig_q_scale: must be positive, not nan"),
         ("vae: {num_preprocess_blocks: 1000000000}", "num_preprocess_blocks: must be at most 16"),

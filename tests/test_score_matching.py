@@ -320,6 +320,16 @@ def test_networks_can_be_differentiated_twice(estimator: str, kind: str) -> None
     assert slope.item() == pytest.approx((values[0] - values[1]) / 2e-8, rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.parametrize("reduced", [False, True])
+def test_an_evaluation_without_gradients_gives_the_same(reduced: bool) -> None:
+    x = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(3, 4)
+    probes = torch.linspace(1, 2, 12, dtype=torch.float64).reshape(1, 3, 4)
+    value = sliced_objective(lambda x: -x.square(), x, probes, reduced=reduced)
+    with torch.no_grad():
+        again = sliced_objective(lambda x: -x.square(), x, probes, reduced=reduced)
+    assert torch.equal(value, again)
+
+
 def test_mistakes() -> None:
     with pytest.raises(ValueError, match="unknown estimator 'esm'"):
         score_loss(

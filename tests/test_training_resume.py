@@ -322,3 +322,34 @@ def test_toy_is_not_trivial(whole):
     state = whole[0]
     assert state["extra"]["vector"].tolist() == [120.0, 120.0]
     assert set(state["ema"]) == {"front", "back"}
+
+
+MALFORMED = {
+    "no weights": lambda state: state.pop("weights"),
+    "weights that are a list": lambda state: state.update(weights=[1]),
+    "weights of another shape": lambda state: state["weights"].update(
+        {"front.0.weight": torch.zeros(1)}
+    ),
+    "no optimizer of a side": lambda state: state["optimizers"].pop("back"),
+    "an optimizer that is text": lambda state: state["optimizers"].update(back="adam"),
+    "no average": lambda state: state["ema"].pop("front"),
+    "an average of nothing": lambda state: state["ema"].update(front={}),
+    "a counter too many": lambda state: state["counters"].update(surprise=1),
+    "counters that are a number": lambda state: state.update(counters=3),
+    "means that are a number": lambda state: state.update(means=3),
+    "times that are text": lambda state: state.update(since_log="never"),
+    "a length that is text": lambda state: state.update(metrics_length="long"),
+}
+
+
+@pytest.mark.parametrize("change", MALFORMED.values(), ids=MALFORMED.keys())
+def test_a_malformed_checkpoint_is_one_line(tmp_path, change):
+    out = tmp_path / "run"
+    train(out, max_steps=3)
+    for path in (out / "checkpoints").iterdir():
+        state = torch.load(path, weights_only=True)
+        change(state)
+        torch.save(state, path)
+    with pytest.raises(UserError, match=r"step_00000003\.pt") as caught:
+        train(out, resume=True, max_steps=4)
+    assert "\n" not in str(caught.value)
