@@ -96,12 +96,12 @@ class Cases:
 
 
 COUNTS: dict[Callable[[Cases], list[str]], int] = {
-    Cases.vae: 120,
-    Cases.lsgm: 40,
-    Cases.data_space: 100,
-    Cases.sample: 100,
-    Cases.evaluate: 60,
-    Cases.edit: 80,
+    Cases.vae: 90,
+    Cases.lsgm: 25,
+    Cases.data_space: 75,
+    Cases.sample: 130,
+    Cases.evaluate: 80,
+    Cases.edit: 100,
 }
 
 
