@@ -46,7 +46,10 @@ def _mask_of_file(path: Path, size: int) -> Tensor:
     """A picture as a mask. Where it has transparent pixels, those are unknown and its colours mean
     nothing; in an opaque picture the dark pixels are.
     """
-    image = load_image(path)
+    try:
+        image = load_image(path)
+    except UserError as error:
+        raise UserError(f"--mask: {error}") from error
     alpha = np.array(image.convert("RGBA").getchannel("A"))
     if image.size != (size, size):
         raise UserError(

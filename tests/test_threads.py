@@ -22,14 +22,18 @@ class Watch(importlib.abc.MetaPathFinder):
             os._exit(0)
 
 sys.meta_path.insert(0, Watch())
-runpy.run_path(sys.argv[1], run_name="script")
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+COMMANDS = {"benchmark": ["train"], "edit": ["reconstruct"], "import_checkpoint": ["official-lsgm"]}
 
 
 def settings_at_torch(script: Path, **environment: str) -> list[str]:
     clean = {key: value for key, value in os.environ.items() if key not in NAMES}
     result = subprocess.run(
-        [sys.executable, "-c", UNTIL_TORCH, script],
+        [sys.executable, "-c", UNTIL_TORCH, script, *COMMANDS.get(script.stem, ()), "--help"],
         env=clean | {"PYTHONPATH": str(ROOT)} | environment,
         capture_output=True,
         text=True,

@@ -22,6 +22,7 @@ from lsgm.evaluation.nll import evaluation_batches
 from lsgm.files import atomic_write, atomic_write_json, check_output
 from lsgm.models import LSGM, build_prior, load, load_data_config
 from lsgm.progress import progress_bar
+from lsgm.release import read_description
 from lsgm.score import MixedNormalScore
 from lsgm.sde import SDES, LinearSDE, largest_squared_distance, make_sde
 from lsgm.tensors import expand_like
@@ -351,6 +352,8 @@ def variance_command(argv: Sequence[str]) -> None:
         description=VarianceOptions.__doc__,
     ).config
     folder = Path(options.out or (Path(options.run) / "variance" if options.run else "variance"))
+    if options.run:
+        read_description(Path(options.run))  # before a folder is made in it
     check_output(folder / "variance.json")
     rows = run_study(options) if options.run else synthetic_study(options)
     print(f"{options.images} images, {options.repeats} draws an estimator\n")

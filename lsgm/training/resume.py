@@ -18,7 +18,7 @@ from typing import Any, Literal
 from lsgm.config import TrainConfig
 from lsgm.configio import load_config, save_config
 from lsgm.errors import UserError
-from lsgm.files import RunFolder, atomic_write_text
+from lsgm.files import RunFolder, atomic_write_text, json_text
 
 __all__ = ["Plan", "Resume", "configuration_changes", "plan", "record_changes", "release_notes"]
 
@@ -138,8 +138,8 @@ def record_changes(run: RunFolder, config: Any, decided: Plan, step: int) -> Non
             "changes": {key: list(pair) for key, pair in decided.changes.items()},
         }
         # One killed before the configuration below was written has left its line already.
-        if not lines or _untimed(lines[-1]) != _untimed(json.dumps(entry)):
-            lines.append(json.dumps(entry))
+        if not lines or _untimed(lines[-1]) != _untimed(json_text(entry)):
+            lines.append(json_text(entry))
         atomic_write_text(run.history, "\n".join(lines) + "\n")
     if decided.changes or not run.config.exists() or not decided.resume:
         save_config(config, run.config)

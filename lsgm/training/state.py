@@ -218,8 +218,8 @@ class TrainState:
             state: What :meth:`state_dict` returned; by default that of now.
         """
         state = self.state_dict() if state is None else state
-        path = first_non_finite({key: state[key] for key in ("weights", "extra", "ema")})
-        path = path or first_non_finite(state["optimizers"], ("optimizers",))
+        path = first_non_finite({key: state.get(key) for key in ("weights", "extra", "ema")})
+        path = path or first_non_finite(state.get("optimizers"), ("optimizers",))
         return None if path is None else self._in_words(path)
 
     def _in_words(self, path: tuple[str, ...]) -> str:
