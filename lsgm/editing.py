@@ -438,5 +438,5 @@ def edit_command(name: str, argv: Sequence[str]) -> None:
         raise UserError(f"{name}: no such edit; known are {', '.join(COMMANDS)}")
     options, action = COMMANDS[name]
     chosen = parse_command_line(options, argv, extra=(), prog=f"edit.py {name}").config
-    check_output(chosen.out)
+    check_output(chosen.out, "--out")
     action(chosen)

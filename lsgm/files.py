@@ -93,14 +93,20 @@ def sweep(folder: Path, name: str = "*") -> None:
                 stray.unlink()
 
 
-def check_output(path: str | Path) -> None:
+def check_output(path: str | Path, option: str) -> None:
     """Make sure, before hours of work, that a file can be written at ``path``: make its folder, and
     remove what killed writers of the same file left there.
 
     Raises:
-        UserError: It cannot be written.
+        UserError: It cannot be written; the line names the ``option`` that asked for it.
     """
-    path = Path(path)
+    try:
+        _check_output(Path(path))
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from error
+
+
+def _check_output(path: Path) -> None:
     make_folder(path.parent)
     try:
         if path.is_dir():

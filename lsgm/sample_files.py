@@ -70,10 +70,7 @@ def sample_to_file(options: SampleOptions) -> None:
 @contextlib.contextmanager
 def _output(out: Path, options: SampleOptions) -> Iterator[Callable[[Batch], None]]:
     """What takes the batches, opened on entering; a single file is complete only on leaving."""
-    if out.suffix:
-        check_output(out)
-    else:
-        check_output(out / "000000.png")
+    check_output(out if out.suffix else out / "000000.png", "--out")
     writer = {".npz": _npz_output, ".png": _grid_output, "": _folder_output}[out.suffix]
     with writer(out, options) as write:
         yield write

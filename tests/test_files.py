@@ -42,7 +42,7 @@ def test_an_output_that_cannot_be_written_shows_before_the_work(tmp_path, name, 
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match=reason) as refused:
-        check_output(tmp_path / name)
+        check_output(tmp_path / name, "--out")
     assert "\n" not in str(refused.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
 
@@ -53,11 +53,11 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr("lsgm.files.tempfile.TemporaryFile", refuse)
     with pytest.raises(UserError, match=r"a\.png: cannot be written \(Read-only file system\)"):
-        check_output(tmp_path / "a.png")
+        check_output(tmp_path / "a.png", "--out")
 
 
 def test_a_good_output_leaves_nothing_but_its_folder(tmp_path):
-    check_output(tmp_path / "new" / "a.png")
+    check_output(tmp_path / "new" / "a.png", "--out")
     assert list((tmp_path / "new").iterdir()) == []
 
 

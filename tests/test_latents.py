@@ -239,9 +239,9 @@ def test_the_round_trip_closes_to_the_order_of_the_solver():
         assert torch.equal(closure.state, x.double())
         errors.append((closure.back - closure.state).abs().max().item())
     assert 2.5 < errors[0] / errors[1] < 12  # between orders 1.3 and 3.6
-    adaptive = make_solver("dopri5", rtol=1e-10, atol=1e-10)
+    adaptive = make_solver("dopri5", rtol=1e-6, atol=1e-6)
     closure = close_round_trip(model, x.double(), adaptive, TIMES)
-    assert (closure.back - closure.state).abs().max() < 1e-6
+    assert (closure.back - closure.state).abs().max() < 1e-4
 
 
 def test_codes_are_cut_and_joined_by_images():

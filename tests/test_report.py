@@ -252,7 +252,7 @@ def test_a_report_goes_into_its_run_and_may_be_left_out(runs, command, tmp_path,
     assert found["split"] == "train" and found["numbers"]["bound_curves"] == []
     assert found["numbers"]["quality"] is None and found["published"] is None
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file.*--out"):
+    with pytest.raises(UserError, match=r"--out: .*file"):
         evaluate(options(runs["vae"], out=str(tmp_path / "file" / "report")))
     capsys.readouterr()
 

@@ -229,7 +229,7 @@ def few_step_command(argv: Sequence[str]) -> None:
         FewStepOptions, argv, extra=(), prog="benchmark.py few-step", description=__doc__
     )
     options = line.config
-    check_output(Path(options.out) / "report.json")
+    check_output(Path(options.out) / "report.json", "--out")
     if options.run is None:
         case = mixture_case(options.samples, options.pilots, options.t_end)
     else:

@@ -354,7 +354,7 @@ def variance_command(argv: Sequence[str]) -> None:
     folder = Path(options.out or (Path(options.run) / "variance" if options.run else "variance"))
     if options.run:
         read_description(Path(options.run))  # before a folder is made in it
-    check_output(folder / "variance.json")
+    check_output(folder / "variance.json", "--out")
     rows = run_study(options) if options.run else synthetic_study(options)
     print(f"{options.images} images, {options.repeats} draws an estimator\n")
     print(format_tables(rows))

@@ -42,6 +42,7 @@ from lsgm.options import EvaluateOptions, require_run
 from lsgm.progress import progress_bar
 from lsgm.release import read_description
 from lsgm.sampling import draw_samples
+from lsgm.solver_choice import given_solver_options
 from lsgm.training.precision import choose_device
 
 __all__ = [
@@ -149,12 +150,7 @@ def applies(name: str, model: Any) -> bool:
     """Whether a metric is defined for a model: ``normal``, ``ode`` and ``iw_exact`` need a
     score-based prior on latents, ``nelbo`` and ``iw`` latents, and those of :data:`DATA_METRICS` a
     model of the images themselves.
-
-    Raises:
-        UserError: There is no metric of this name.
     """
-    if name not in METRICS:
-        raise UserError(f"--metrics: unknown metric {name}; known are {', '.join(METRICS)}")
     if name in DATA_METRICS or not isinstance(model, VAEModel):
         return name in DATA_METRICS and not isinstance(model, VAEModel)
     return name in ("nelbo", "iw") or isinstance(model, LSGM)
@@ -246,6 +242,7 @@ def evaluate(options: EvaluateOptions) -> None:
     if not options.run:
         require_run(None)
     folders = [Path(run) for run in options.run]
+    _check_options(folders, options)
     _check_outputs(folders, options)
     reports = [evaluate_run(folder, options, _report_folder(folder, options)) for folder in folders]
     print(format_table(reports))
@@ -261,17 +258,25 @@ def evaluate(options: EvaluateOptions) -> None:
         learning_curves(curves, Path(options.pictures) / "learning_curves.png")
 
 
+def _check_options(folders: Sequence[Path], options: EvaluateOptions) -> None:
+    """Find out before the work whether its options mean something for the runs."""
+    if unknown := [name for name in options.metrics if name not in METRICS]:
+        raise UserError(f"--metrics: unknown metric {unknown[0]}; known are {', '.join(METRICS)}")
+    kinds = {read_description(folder)["kind"] for folder in folders}
+    if kinds == {VAEModel.kind} and (idle := given_solver_options(options.sampling)):
+        raise UserError(f"--sampling.{idle[0]}: a VAE under N(0, I) is sampled without a solver")
+
+
 def _check_outputs(folders: Sequence[Path], options: EvaluateOptions) -> None:
     """Find out before the work whether its results can be written."""
     if options.json:
-        check_output(options.json)
+        check_output(options.json, "--json")
     for folder in folders:
-        read_description(folder)  # else an unknown run would get a folder for its report
         if options.pictures:
-            check_output(Path(options.pictures) / folder.name / "samples.png")
+            check_output(Path(options.pictures) / folder.name / "samples.png", "--pictures")
         if options.report:
             out = _report_folder(folder, options) or folder / "evaluation"
-            check_output(out / "report.json")
+            check_output(out / "report.json", "--out")
             sweep(out)
 
 
