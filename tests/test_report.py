@@ -245,15 +245,18 @@ def test_two_runs_of_a_command_agree_to_the_digit(runs, linear, command, tmp_pat
 
 
 def test_a_report_goes_into_its_run_and_may_be_left_out(runs, command, tmp_path, capsys):
-    evaluate(options(runs["vae"], iw=(), limit=6, report=False))
+    plain = SolverOptions(batch_size=6)
+    with pytest.raises(UserError, match=r"--sampling\.nfe: .* without a solver"):
+        evaluate(options(runs["vae"], iw=(), limit=6))
+    evaluate(options(runs["vae"], iw=(), limit=6, report=False, sampling=plain))
     assert not (runs["vae"] / "evaluation").exists()
-    evaluate(options(runs["vae"], iw=(), limit=6, split="train"))
+    evaluate(options(runs["vae"], iw=(), limit=6, split="train", sampling=plain))
     found = read(runs["vae"] / "evaluation")
     assert found["split"] == "train" and found["numbers"]["bound_curves"] == []
     assert found["numbers"]["quality"] is None and found["published"] is None
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--out: .*file"):
-        evaluate(options(runs["vae"], out=str(tmp_path / "file" / "report")))
+        evaluate(options(runs["vae"], out=str(tmp_path / "file" / "report"), sampling=plain))
     capsys.readouterr()
 
 
@@ -280,4 +283,4 @@ def test_a_model_of_images_is_evaluated_as_what_it_is(runs, models, command, tmp
         "iw_exact": ["lsgm"], "bits": ["pixels"],
     }  # fmt: skip
     with pytest.raises(UserError, match="magic"):
-        applies("magic", models["vae"])
+        evaluate(options(runs["vae"], metrics=("magic",)))

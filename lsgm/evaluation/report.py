@@ -262,7 +262,7 @@ def _check_options(folders: Sequence[Path], options: EvaluateOptions) -> None:
     """Find out before the work whether its options mean something for the runs."""
     if unknown := [name for name in options.metrics if name not in METRICS]:
         raise UserError(f"--metrics: unknown metric {unknown[0]}; known are {', '.join(METRICS)}")
-    kinds = {read_description(folder)["kind"] for folder in folders}
+    kinds = {read_description(folder).get("kind") for folder in folders}
     if kinds == {VAEModel.kind} and (idle := given_solver_options(options.sampling)):
         raise UserError(f"--sampling.{idle[0]}: a VAE under N(0, I) is sampled without a solver")
 
