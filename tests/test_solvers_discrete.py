@@ -58,8 +58,7 @@ def test_reverse_diffusion_by_hand():
     assert solution.nfe == 2 * n == solver.evaluations(n - 1)
 
 
-@pytest.mark.parametrize(("sde", "end"), [(VE, 1e-5), (VP, 1e-3)])
-@pytest.mark.parametrize("n", [12, 1000, 2000])
+@pytest.mark.parametrize(("sde", "end", "n"), [(VE, 1e-5, 12), (VE, 1e-5, 2000), (VP, 1e-3, 1000)])
 def test_every_time_has_a_level_of_its_own(sde, end, n):
     grid = table_at(sde, torch.linspace(1, end, n), n, False)
     assert grid.index == list(range(n - 1, -1, -1))
