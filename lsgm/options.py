@@ -64,7 +64,8 @@ class SolverOptions:
     eta: float | None = None
     """Noise of ddim: 0 deterministic, 1 ancestral."""
     predictor: str | None = None
-    """Predictor of predictor_corrector, discrete_pc: reverse_diffusion, euler_maruyama, ancestral, ..."""
+    """Predictor of predictor_corrector, discrete_pc: reverse_diffusion, euler_maruyama, ancestral,
+    ..."""
     corrector_steps: int | None = None
     """Langevin steps of predictor_corrector, discrete_pc at each time."""
     snr: float | None = None
