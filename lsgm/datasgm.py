@@ -22,13 +22,15 @@ from lsgm.config_data import (
 )
 from lsgm.data.pixels import Pixels
 from lsgm.data.spec import DataSpec
+from lsgm.discrete_noise import BetaTable
 from lsgm.errors import UserError
 from lsgm.memory import build_within_memory
 from lsgm.networks import NCSNpp
+from lsgm.networks.data_score import DataScore
 from lsgm.networks.ncsn import NCSN
 from lsgm.noise_ladder import NoiseLadder, select_step
 from lsgm.release import section
-from lsgm.sde import LinearSDE, make_sde
+from lsgm.sde import VESDE, VPSDE, LinearSDE, make_sde
 from lsgm.solvers import (
     AnnealedLangevin,
     EpsFn,
@@ -39,7 +41,6 @@ from lsgm.solvers import (
     make_solver,
     solver_parameters,
 )
-from lsgm.tensors import expand_like
 from vae.random import Rng, rand
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
 ]
 
 DATA_KINDS = ("ncsn", "score_sde")
+OWN_OPTIONS = frozenset({"predictor", "corrector_steps"})
 
 
 @dataclass(frozen=True)
@@ -71,51 +73,13 @@ class SamplerDefaults:
     options: dict[str, Any]
 
     def options_of(self, solver: str) -> dict[str, Any]:
-        """The recommended arguments that the solver of that name has."""
-        own = solver_parameters(solver)
-        return {name: value for name, value in self.options.items() if name in own}
-
-
-class DataScore(nn.Module):
-    """Noise prediction of images by a network that may know the class.
-
-    ``eps(x_t, t, c) = network(x_t / sqrt(m^2 s^2 + sigma^2), condition(t), c)``: the input of the
-    network has the same size at every time, which matters under a variance-exploding SDE
-    (arXiv 2206.00364 section 5).
-
-    Args:
-        network: maps ``(B, C, H, W)``, ``(B,)`` and the labels ``(B,)`` or None to ``(B, C, H,
-            W)``; it runs in its own precision.
-        sde: the diffusion.
-        condition: ``"time"``, or ``"log_sigma"``: ``ln(sigma / m) / 4``.
-        data_std: ``s``; 0 leaves the input as it is.
-    """
-
-    def __init__(
-        self, network: nn.Module, sde: LinearSDE, condition: str = "time", data_std: float = 0.5
-    ) -> None:
-        super().__init__()
-        self.network = network
-        self.sde = sde
-        self.condition = condition
-        self.data_std = data_std
-
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Predicted noise ``(B, C, H, W)`` in float32, or in the dtype of ``x_t`` if wider.
-
-        ``x_t``: ``(B, C, H, W)``; ``t``: ``(B,)`` or a scalar; ``labels``: ``(B,)`` int64, where
-        the number of classes stands for no class.
+        """The recommended arguments that the solver of that name has; what makes one predictor-
+        corrector another (:data:`OWN_OPTIONS`) is the recommended solver's alone.
         """
-        dtype = next(self.parameters()).dtype
-        with torch.autocast(x_t.device.type, enabled=False):
-            t = t.reshape(-1)
-            m, var = self.sde.mean_coef(t), self.sde.var(t)
-            x = x_t.to(dtype)
-            if self.data_std > 0:
-                x = x * expand_like((m.square() * self.data_std**2 + var).rsqrt(), x)
-            given = t if self.condition == "time" else (0.5 * var.log() - m.log()) / 4
-        eps = self.network(x, given.to(dtype), labels)
-        return eps.to(torch.promote_types(x_t.dtype, torch.float32))
+        own = set(solver_parameters(solver))
+        if solver != self.solver:
+            own -= OWN_OPTIONS
+        return {name: value for name, value in self.options.items() if name in own}
 
 
 class DataSGM(nn.Module):
@@ -170,6 +134,17 @@ class DataSGM(nn.Module):
     def num_classes(self) -> int | None:
         """Classes that the network can be told; None if it takes none."""
         return self.spec.num_classes if self.config.class_conditional else None
+
+    @property
+    def levels(self) -> NoiseLadder | BetaTable | None:
+        """The noise levels at which the model is trained; None: in continuous time."""
+        number = self.config.discrete_levels
+        if self.ladder is not None or number is None:
+            return self.ladder
+        if isinstance(self.sde, VESDE):
+            return NoiseLadder.of(self.sde, number)
+        assert isinstance(self.sde, VPSDE)
+        return BetaTable.of(self.sde, number)
 
     @property
     def device(self) -> torch.device:
@@ -245,6 +220,12 @@ class DataSGM(nn.Module):
         solver = given.solver or ("langevin" if is_ncsn else "predictor_corrector")
         nfe = given.nfe or 200
         options: dict[str, Any] = {"snr": given.snr, "norm": given.norm, "denoise": given.denoise}
+        if given.predictor is not None:
+            options["predictor"] = None if given.predictor == "none" else given.predictor
+        if given.corrector_steps is not None:
+            options["corrector_steps"] = given.corrector_steps
+        if self.levels is not None:
+            options["levels"] = self.levels.num_levels
         if solver == "langevin":
             options |= self._langevin_options()
             levels = self.ladder.num_levels if self.ladder else 1
@@ -354,14 +335,19 @@ def build_data_model(
     if config.class_conditional and not spec.num_classes:
         raise UserError(f"score.class_conditional: {spec.name} has no classes")
     sde, ladder = build_sde(kind, config)
+    if kind == "ncsn" and (config.discrete_levels or config.condition == "index"):
+        raise UserError("score.discrete_levels: kind ncsn has the levels of score.ladder")
     channels, size, _ = pixels.shape
     try:
         if config.network == "refinenet":
             if ladder is None:
                 raise ValueError("refinenet needs the noise levels of kind ncsn")
-            levels = ladder
+            levels, centred = ladder, config.centre_input
             score: nn.Module = build_within_memory(
-                lambda: NCSN(channels, size, levels, **asdict(config.refinenet)), "score.refinenet"
+                lambda: NCSN(
+                    channels, size, levels, centre_input=centred, **asdict(config.refinenet)
+                ),
+                "score.refinenet",
             )
         else:
             num_classes = (spec.num_classes or 0) if config.class_conditional else 0
@@ -369,10 +355,22 @@ def build_data_model(
                 lambda: NCSNpp(channels, size, num_classes=num_classes, **asdict(config.ncsnpp)),
                 "score.ncsnpp",
             )
-            score = DataScore(network, sde, config.condition, config.data_std)
+            score = DataScore(
+                network,
+                sde,
+                config.condition,
+                config.data_std,
+                config.discrete_levels,
+                config.centre_input,
+            )
     except ValueError as error:
         raise UserError(f"score.{config.network}: {error}") from error
-    return DataSGM(kind, score, sde, ladder, pixels, config, sampler)
+    model = DataSGM(kind, score, sde, ladder, pixels, config, sampler)
+    try:
+        _ = model.levels
+    except ValueError as error:
+        raise UserError(f"score.discrete_levels: {error}") from error
+    return model
 
 
 def data_model_of(description: dict[str, Any], spec: DataSpec) -> DataSGM:

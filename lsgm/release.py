@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import safetensors
 import torch
 from safetensors.torch import load_file
-from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from lsgm.config import DataConfig
@@ -27,6 +26,7 @@ from lsgm.configkeys import misfit as misfit_value
 from lsgm.errors import MALFORMED, UserError
 from lsgm.files import atomic_write, atomic_write_json
 from lsgm.integrity import file_sha256, seal, sealed_sha256
+from lsgm.safetensors_file import write_safetensors
 
 __all__ = [
     "DESCRIPTION",
@@ -71,10 +71,9 @@ def save(
     Raises:
         UserError: A weight is NaN or infinite.
     """
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    _require_finite(state, folder)
+    _require_finite(model.state_dict(), folder)
     with atomic_write(folder / WEIGHTS) as file:
-        file.write(to_safetensors(state))
+        write_safetensors(file, model.state_dict())
     description = {
         "kind": model.kind,
         **model.describe(),

@@ -34,6 +34,9 @@ __all__ = [
 
 DEFAULT_SOLVER = "normal_reference_pc"
 DEFAULT_NFE = 10
+PUBLISHED_SOLVER = "discrete_pc"
+FEW_STEP_GRID = "phi"
+"""For models of images, of which that of a variance-exploding SDE has most of its time far out."""
 DEFAULT_T_END = 1e-3
 PILOT_GRID = "pilot"
 PILOT_IMAGES = 16
@@ -113,7 +116,8 @@ def resolve(model: object, options: SolverOptions) -> tuple[SolverOptions, dict[
     Without a named solver it is the one that the model recommends (its ``defaults``). Any solver
     takes the model's last time and, of its recommended arguments, those that it has; the
     recommended solver, named or not, also its evaluations and grid. Models that recommend nothing
-    take :data:`DEFAULT_SOLVER` down to :data:`DEFAULT_T_END`.
+    take :data:`DEFAULT_SOLVER` down to :data:`DEFAULT_T_END`, and so do, down to their own last
+    time, models of a published sampler asked for fewer evaluations than it takes.
 
     Raises:
         UserError: The solver is unknown.
@@ -123,6 +127,10 @@ def resolve(model: object, options: SolverOptions) -> tuple[SolverOptions, dict[
         t_end = DEFAULT_T_END if options.t_end is None else options.t_end
         return replace(options, solver=options.solver or DEFAULT_SOLVER, t_end=t_end), {}
     solver = options.solver or defaults.solver
+    fewer = options.nfe is not None and options.nfe < defaults.nfe
+    if options.solver is None and solver == PUBLISHED_SOLVER and fewer:
+        solver = DEFAULT_SOLVER
+        options = replace(options, grid=options.grid or FEW_STEP_GRID)
     _parameters(solver)
     t_end = defaults.t_end if options.t_end is None else options.t_end
     filled = replace(options, solver=solver, t_end=t_end)

@@ -9,7 +9,7 @@ from lsgm.cli import run
 
 
 def main() -> None:
-    from lsgm.importers.runs import import_command
+    from lsgm.importers.command import import_command
 
     import_command(sys.argv[1:], description=__doc__)
 

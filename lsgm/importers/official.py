@@ -1,27 +1,23 @@
 """Reading of published LSGM checkpoints, and their hierarchical VAE.
 
 A checkpoint is a dictionary of tensors and plain values with one foreign object, the namespace of
-the run's options. It is read by PyTorch's restricted unpickler, so that nothing in the file is
-executed.
+the run's options (:mod:`lsgm.importers.reading`).
 """
 
 from __future__ import annotations
 
 import argparse
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from lsgm.errors import UserError
 from lsgm.importers.official_names import BUFFERS, published_layers, published_names
-from lsgm.integrity import check_records
+from lsgm.importers.reading import read_checkpoint
 from lsgm.memory import build_within_memory
 from vae.hierarchical import HierarchicalVAE
 from vae.layers import Conv2d, WeightNormConv2d
@@ -90,24 +86,7 @@ def read_official_checkpoint(path: str | Path) -> OfficialCheckpoint:
         UserError: If the file is not there, is damaged, holds anything but data, or lacks the VAE.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"checkpoint {path}: there is no such file")
-    try:
-        check_records(path)
-        with torch.serialization.safe_globals(_harmless_types()):
-            raw = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()
-        detail = next(
-            (line.strip() for line in reason if "GLOBAL" in line or "global" in line), reason[0]
-        )
-        raise UserError(
-            f"checkpoint {path}: holds something other than tensors and plain values ({detail})"
-        ) from error
-    except Exception as error:  # zipfile and torch raise many kinds for a damaged file
-        raise UserError(
-            f"checkpoint {path}: damaged, or not a file of torch.save ({_first_line(error)})"
-        ) from error
+    raw = read_checkpoint(path)
     if not isinstance(raw, dict):
         raise UserError(f"checkpoint {path}: holds a {type(raw).__name__}, not a dictionary")
     for key in ("args", "vae_state_dict"):
@@ -133,21 +112,6 @@ def read_official_checkpoint(path: str | Path) -> OfficialCheckpoint:
     )
 
 
-def _harmless_types() -> list[Any]:
-    """Plain values beyond PyTorch's own list: options, shapes, NumPy scalars."""
-    scalar = np.float64(0).__reduce__()[0]
-    dtypes = [type(np.dtype(t)) for t in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
-    return [
-        argparse.Namespace,
-        torch.Size,
-        np.dtype,
-        *dtypes,
-        scalar,
-        (scalar, "numpy.core.multiarray.scalar"),
-        (scalar, "numpy._core.multiarray.scalar"),
-    ]
-
-
 def _check_weights(state: Any, what: str) -> None:
     if not isinstance(state, Mapping):
         raise UserError(f"{what} is a {type(state).__name__}, not a dictionary of weights")
@@ -170,10 +134,6 @@ def _averages(optimizer: Any, path: Path) -> dict[int, Tensor]:
         raise UserError(f"checkpoint {path}: holds no optimizer state of PyTorch") from None
     _check_weights({str(k): v for k, v in averages.items()}, f"checkpoint {path}: the averages")
     return averages
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _is_buffer(name: str) -> bool:
