@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lsgm.threads import wait_briefly
+from lsgm.system.threads import wait_briefly
 
 __version__ = "0.1.0"
 
@@ -16,13 +16,13 @@ __all__ = ["__version__", "load"]
 wait_briefly()  # here, because every script and every process comes by before it loads PyTorch
 
 if TYPE_CHECKING:
-    from lsgm.models import load
+    from lsgm.models.loading import load
 
 
 def __getattr__(name: str) -> Any:
     # Late, so that `import lsgm.sde` stays light.
     if name == "load":
-        from lsgm.models import load
+        from lsgm.models.loading import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,7 +24,7 @@ INACTIVE_LOGIT = -15.0
 class EpsFn(Protocol):
     """Predicts the noise: ``x_t (B, *shape)``, ``t (B,)`` or a scalar -> ``eps (B, *shape)``."""
 
-    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor: ...
+    def __call__(self, x_t: Tensor, t: Tensor, /) -> Tensor: ...
 
 
 class MixedNormalScore(nn.Module):

@@ -7,7 +7,7 @@ weighting and proposal. `few-step`: error of samplers at few evaluations, beside
 
 import sys
 
-from lsgm.cli import run
+from lsgm.commands.run import run
 from lsgm.errors import UserError
 
 

@@ -5,11 +5,11 @@ one image to another, encode and decode, or draw some latent groups anew. Each w
 
 import sys
 
-from lsgm.cli import run
+from lsgm.commands.run import run
 
 
 def main() -> None:
-    from lsgm.editing import COMMANDS, edit_command
+    from lsgm.commands.edit import COMMANDS, edit_command
 
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):

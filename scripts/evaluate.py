@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Likelihood of trained runs, each number with its bound, estimator and standard error."""
 
-from lsgm.cli import run
+from lsgm.commands.run import run
 
 
 def main() -> None:
-    from lsgm.configio import parse_command_line
-    from lsgm.evaluation.report import evaluate
-    from lsgm.options import EvaluateOptions
+    from lsgm.config.command_line import parse_command_line
+    from lsgm.evaluation.report.evaluate import evaluate
+    from lsgm.evaluation.report.options import EvaluateOptions
 
     evaluate(parse_command_line(EvaluateOptions, extra=(), description=__doc__).config)
 

@@ -5,7 +5,7 @@ lsgm.load() open.
 
 import sys
 
-from lsgm.cli import run
+from lsgm.commands.run import run
 
 
 def main() -> None:

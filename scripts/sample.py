@@ -3,13 +3,12 @@
 (N, C, H, W) in [0, 1].
 """
 
-from lsgm.cli import run
+from lsgm.commands.run import run
 
 
 def main() -> None:
-    from lsgm.configio import parse_command_line
-    from lsgm.options import SampleOptions
-    from lsgm.sample_files import sample_to_file
+    from lsgm.commands.sample import SampleOptions, sample_to_file
+    from lsgm.config.command_line import parse_command_line
 
     sample_to_file(parse_command_line(SampleOptions, extra=(), description=__doc__).config)
 

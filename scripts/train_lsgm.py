@@ -5,15 +5,22 @@
 
 from pathlib import Path
 
-from lsgm.cli import run
+from lsgm.commands.run import run
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "digits" / "lsgm.yaml"
 
 
 def main() -> None:
-    from lsgm.config import LSGMTrainConfig
-    from lsgm.configio import LSGM_RUN, OUT, RESUME, VAE_RUN, parse_command_line, take_data_from_run
-    from lsgm.training.runs import train_lsgm
+    from lsgm.config.command_line import (
+        LSGM_RUN,
+        OUT,
+        RESUME,
+        VAE_RUN,
+        parse_command_line,
+        take_data_from_run,
+    )
+    from lsgm.config.training import LSGMTrainConfig
+    from lsgm.training.runs.latent import train_lsgm
 
     line = parse_command_line(
         LSGMTrainConfig,

@@ -6,15 +6,15 @@ arguments: NCSN on handwritten digits, minutes on a CPU.
 
 from pathlib import Path
 
-from lsgm.cli import run
+from lsgm.commands.run import run
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "digits" / "ncsn.yaml"
 
 
 def main() -> None:
-    from lsgm.config_data import NCSNTrainConfig
-    from lsgm.configio import parse_command_line
-    from lsgm.training.data_runs import train_ncsn
+    from lsgm.config.command_line import parse_command_line
+    from lsgm.config.training import NCSNTrainConfig
+    from lsgm.training.runs.images import train_ncsn
 
     line = parse_command_line(NCSNTrainConfig, default_config=DEFAULT_CONFIG, description=__doc__)
     train_ncsn(line.config, line.options["out"], resume=line.options["resume"])

@@ -13,25 +13,21 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from lsgm.classifier import build_classifier
-from lsgm.config import (
-    DataConfig,
+from lsgm.config.architecture import (
+    ClassifierConfig,
     PriorConfig,
     PriorNetworkConfig,
-    SDEConfig,
-    TrainConfig,
-    VAEConfig,
-)
-from lsgm.config_data import (
-    ClassifierConfig,
     SamplerConfig,
     ScoreModelConfig,
-    ScoreObjectiveConfig,
+    SDEConfig,
+    VAEConfig,
 )
+from lsgm.config.training import DataConfig, ScoreObjectiveConfig, TrainConfig
 from lsgm.data import ArrayDataset, Datasets, DataSpec
-from lsgm.datasgm import build_data_model
-from lsgm.files import RunFolder
-from lsgm.models import LSGM, VAEModel, build_prior, build_vae
+from lsgm.models.classifier import build_classifier
+from lsgm.models.images import build_data_model
+from lsgm.models.latent import LSGM, VAEModel, build_prior, build_vae
+from lsgm.system.files import RunFolder
 from lsgm.training import evaluation
 from lsgm.training.distributed import World, distributed, on_main
 from lsgm.training.evaluation import evaluate_classifier, evaluate_score_model, evaluate_vae

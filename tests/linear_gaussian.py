@@ -16,7 +16,7 @@ from oracles import GaussianOracle
 from torch import Tensor, nn
 
 from lsgm.data import DataSpec
-from lsgm.models import LSGM
+from lsgm.models.latent import LSGM
 from lsgm.sde import LinearSDE
 from vae.hierarchical import Posterior, VAEOutput
 from vae.random import randn

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsgm.datasgm import DataSGM
 from lsgm.importers.official_prior import published_modules
+from lsgm.models.images import DataSGM
 from lsgm.networks.layers import AttentionBlock, ResidualBlock
 from lsgm.sde import VESDE
 

@@ -14,7 +14,7 @@ def faults_of_a_freed_block(setup: str) -> int:
     code = f"""
     import resource
     import torch
-    from lsgm.allocator import keep_freed_memory
+    from lsgm.system.allocator import keep_freed_memory
 
     {setup}
     # The heap needs several blocks to find its size.

@@ -21,15 +21,8 @@ from lsgm.benchmark.accounting import (
 from lsgm.benchmark.joint import NAMES, PriorStage, joint_ratios, measure_joint, phases
 from lsgm.benchmark.plain import PLAIN, make_plain
 from lsgm.benchmark.training import REPEATS_OPTION, positive_number
-from lsgm.config import (
-    LSGMTrainConfig,
-    OptimConfig,
-    PriorConfig,
-    PriorNetworkConfig,
-    TrainConfig,
-    VAEConfig,
-    VAETrainConfig,
-)
+from lsgm.config.architecture import PriorConfig, PriorNetworkConfig, VAEConfig
+from lsgm.config.training import LSGMTrainConfig, OptimConfig, TrainConfig, VAETrainConfig
 from lsgm.errors import UserError
 from lsgm.tensors import expand_like
 from lsgm.training.state import StepContext

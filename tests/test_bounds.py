@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lsgm.divergence import HutchinsonDivergence
 from lsgm.errors import UserError
-from lsgm.evaluation.importance import (
+from lsgm.evaluation.likelihood.bounds import nelbo, normal_nelbo, ode_nelbo, posterior_draw
+from lsgm.evaluation.likelihood.importance import (
     convergence,
     exact_iw_bound,
     format_convergence,
@@ -22,9 +23,8 @@ from lsgm.evaluation.importance import (
     iw_of_groups,
     path_iw_bound,
 )
-from lsgm.evaluation.nll import nelbo, normal_nelbo, ode_nelbo, posterior_draw
 from lsgm.likelihood import ode_log_density
-from lsgm.models import LSGM, VAEModel
+from lsgm.models.latent import LSGM, VAEModel
 from lsgm.sde import VPSDE
 from vae.objective import importance_weighted_bound
 from vae.random import RowGenerators

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from lsgm.cli import EXIT_BROKEN_PIPE, EXIT_USER_ERROR, STOP_SIGNALS, run
+from lsgm.commands.run import EXIT_BROKEN_PIPE, EXIT_USER_ERROR, STOP_SIGNALS, run
 from lsgm.errors import UserError
-from lsgm.files import RunFolder
+from lsgm.system.files import RunFolder
 from lsgm.training.logging import RunLogger
 
 
@@ -135,7 +135,7 @@ MISTAKE = "raise UserError('no')"
 
 @pytest.mark.parametrize(("main", "code"), [(HELP, EXIT_BROKEN_PIPE), (MISTAKE, EXIT_USER_ERROR)])
 def test_a_reader_that_has_gone_is_no_traceback(main, code, tmp_path):
-    program = f"from lsgm.cli import run, UserError\ndef main():\n    {main}\nrun(main)"
+    program = f"from lsgm.commands.run import run, UserError\ndef main():\n    {main}\nrun(main)"
     read, write = os.pipe()
     os.close(read)  # as `| head` does when it has seen enough
     stdout_only = main is HELP

@@ -7,17 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from lsgm.config import (
-    DataConfig,
-    LSGMTrainConfig,
-    OptimConfig,
-    PriorConfig,
-    PriorNetworkConfig,
-    VAEConfig,
-    VAETrainConfig,
-)
-from lsgm.config_data import NCSNTrainConfig
-from lsgm.configio import (
+from lsgm.config.architecture import PriorConfig, PriorNetworkConfig, VAEConfig
+from lsgm.config.command_line import (
     LSGM_RUN,
     OUT,
     RESUME,
@@ -28,10 +19,17 @@ from lsgm.configio import (
     save_config,
     take_data_from_run,
 )
+from lsgm.config.training import (
+    DataConfig,
+    LSGMTrainConfig,
+    NCSNTrainConfig,
+    OptimConfig,
+    VAETrainConfig,
+)
 from lsgm.data.spec import DataSpec
 from lsgm.errors import UserError
-from lsgm.memory import build_within_memory
-from lsgm.models import build_prior, build_vae
+from lsgm.models.latent import build_prior, build_vae
+from lsgm.system.memory import build_within_memory
 
 
 def message(function, *args, **kwargs) -> str:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lsgm.config import VAEConfig
+from lsgm.config.architecture import VAEConfig
 from lsgm.data import DataSpec
-from lsgm.evaluation.sample_quality import _pixels, scored_images
-from lsgm.models import VAEModel
+from lsgm.evaluation.quality.scores import _pixels, scored_images
+from lsgm.models.latent import VAEModel
 from vae import HierarchicalVAE, elbo
 from vae.context import AutoregressiveBernoulli, CausalContext, CausalConv2d
 from vae.random import RowGenerators

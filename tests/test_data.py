@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
-from lsgm.config import DataConfig, VAETrainConfig
-from lsgm.configio import load_config
+from lsgm.config.command_line import load_config
+from lsgm.config.training import DataConfig, VAETrainConfig
 from lsgm.data import (
     ArrayDataset,
     Batches,
@@ -28,9 +28,9 @@ from lsgm.data import (
 from lsgm.data.folder import FolderDataset
 from lsgm.data.pixels import Pixels
 from lsgm.data.sources import column_major_images
-from lsgm.data.torchvision import import_torchvision
 from lsgm.errors import UserError
-from lsgm.evaluation.nll import evaluation_batches
+from lsgm.evaluation.likelihood.bounds import evaluation_batches
+from lsgm.system.torchvision import import_torchvision
 from vae.random import ShardedGenerator
 
 BINARY = DataSpec("toy", channels=1, image_size=4, padding=0, binary=True)

@@ -17,11 +17,11 @@ import torch
 import yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lsgm import datasgm
-from lsgm.config_data import NCSNTrainConfig
-from lsgm.configio import load_config
+from lsgm.config.command_line import load_config
+from lsgm.config.training import NCSNTrainConfig
 from lsgm.data.spec import DataSpec
-from lsgm.datasgm import DataSGM, build_data_model
+from lsgm.models import images as datasgm
+from lsgm.models.images import DataSGM, build_data_model
 from lsgm.networks import NCSNpp
 from lsgm.networks.layers import AttentionBlock
 from lsgm.noise_ladder import select_step

@@ -6,12 +6,19 @@ import pytest
 import torch
 from oracles import GaussianOracle
 
-from lsgm.config import PriorNetworkConfig, SDEConfig
-from lsgm.config_data import LadderConfig, RefineNetConfig, SamplerConfig, ScoreModelConfig
+from lsgm.config.architecture import (
+    LadderConfig,
+    PriorNetworkConfig,
+    RefineNetConfig,
+    SamplerConfig,
+    ScoreModelConfig,
+    SDEConfig,
+)
 from lsgm.data.pixels import Pixels
 from lsgm.data.spec import DataSpec
-from lsgm.datasgm import DataScore, DataSGM, build_data_model
 from lsgm.errors import UserError
+from lsgm.models.images import DataSGM, build_data_model
+from lsgm.networks.data_score import DataScore
 from lsgm.noise_ladder import select_step
 from lsgm.sde import VESDE, VPSDE
 from lsgm.solvers import make_grid, make_solver

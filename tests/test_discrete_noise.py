@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lsgm.config import PriorNetworkConfig, SDEConfig
-from lsgm.config_data import SamplerConfig, ScoreModelConfig, ScoreObjectiveConfig
+from lsgm.config.architecture import PriorNetworkConfig, SamplerConfig, ScoreModelConfig, SDEConfig
+from lsgm.config.training import ScoreObjectiveConfig
 from lsgm.data.spec import DataSpec
-from lsgm.datasgm import build_data_model
 from lsgm.discrete_noise import BetaTable
 from lsgm.errors import UserError
+from lsgm.models.images import build_data_model
 from lsgm.noise_ladder import LadderTimes
 from lsgm.sde import VPSDE
-from lsgm.training.score_stage import ScoreStage
+from lsgm.training.stages.score import ScoreStage
 
 SPEC = DataSpec("folder", 3, 8, 0, binary=False)
 NETWORK = PriorNetworkConfig(

@@ -11,17 +11,25 @@ import torch
 from PIL import Image
 
 import lsgm
-from lsgm.classifier import build_classifier
-from lsgm.config import DataConfig, PriorConfig, PriorNetworkConfig, VAEConfig
-from lsgm.config_data import ClassifierConfig, SamplerConfig, ScoreModelConfig
+from lsgm.commands.edit import edit_command
+from lsgm.config.architecture import (
+    ClassifierConfig,
+    PriorConfig,
+    PriorNetworkConfig,
+    SamplerConfig,
+    ScoreModelConfig,
+    VAEConfig,
+)
+from lsgm.config.training import DataConfig
 from lsgm.data import build_datasets, preprocess
-from lsgm.datasgm import build_data_model
-from lsgm.editing import colourise, edit_command, inpaint
 from lsgm.errors import UserError
-from lsgm.latents import close_round_trip
-from lsgm.masks import make_mask, state_mask
-from lsgm.models import LSGM, build_prior, build_vae
-from lsgm.release import save
+from lsgm.models.classifier import build_classifier
+from lsgm.models.images import build_data_model
+from lsgm.models.latent import LSGM, build_prior, build_vae
+from lsgm.models.release import save
+from lsgm.sampling.codes import close_round_trip
+from lsgm.sampling.editing import colourise, inpaint
+from lsgm.sampling.masks import make_mask, state_mask
 from lsgm.solvers import make_grid, make_solver
 from vae.random import RowGenerators
 
@@ -239,7 +247,7 @@ def test_files_need_no_data_set(runs, tmp_path, monkeypatch, run):
     def no_data(config):
         raise UserError("the data set is not there")
 
-    monkeypatch.setattr("lsgm.editing.build_datasets", no_data)
+    monkeypatch.setattr("lsgm.data.build_datasets", no_data)
     path = runs / "pictures" / "a" / "0.png"
     out = tmp_path / "x.png"
     edit(runs, "inpaint", run, out, "--samples", "1", "--files", str(path), *FAST)
@@ -253,7 +261,7 @@ def test_interpolations_are_decoded_in_batches_of_fixed_steps(runs, tmp_path, mo
     """As many network calls as one image costs for each batch, and the images of one by one."""
     model, calls, out = lsgm.load(runs / "grey"), [], tmp_path / "x.png"
     model.score.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
-    monkeypatch.setattr("lsgm.editing.load", lambda *_: model)
+    monkeypatch.setattr("lsgm.models.loading.load", lambda *_: model)
     ends = ["--steps", "3", "--index", "0", "1", "2", "--device", "cpu", "--nfe", "4"]
     edit(runs, "interpolate", "grey", out, *ends)
     assert calls == [3] * 4 + [6] * 4

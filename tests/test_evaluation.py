@@ -31,38 +31,39 @@ from PIL import Image
 from test_training_distributed import free_port
 
 import lsgm
-from lsgm import data_likelihood
-from lsgm.config import (
+from lsgm.config.architecture import PriorConfig, SDEConfig
+from lsgm.config.training import (
     DataConfig,
     LSGMTrainConfig,
     ObjectiveConfig,
-    PriorConfig,
-    SDEConfig,
     TrainConfig,
     VAETrainConfig,
 )
 from lsgm.data import ArrayDataset, Batches, fitting_batch_size, random_subset
 from lsgm.errors import UserError
-from lsgm.evaluation.data_nll import data_ode_bound
-from lsgm.evaluation.decomposition import bound_curves, decompose
-from lsgm.evaluation.figures import decomposition_plot, learning_curves
-from lsgm.evaluation.importance import iw
-from lsgm.evaluation.nll import (
+from lsgm.evaluation.likelihood import images as data_likelihood
+from lsgm.evaluation.likelihood.bounds import (
     Estimate,
     evaluation_batches,
     nelbo,
     normal_nelbo,
     ode_nelbo,
 )
-from lsgm.files import RunFolder, atomic_write_json
+from lsgm.evaluation.likelihood.decomposition import bound_curves, decompose
+from lsgm.evaluation.likelihood.images import data_ode_bound
+from lsgm.evaluation.likelihood.importance import iw
+from lsgm.evaluation.report.figures import decomposition_plot
 from lsgm.likelihood import OdeLogDensity
 from lsgm.sde import VPSDE
+from lsgm.system.curves import learning_curves
+from lsgm.system.files import RunFolder, atomic_write_json
 from lsgm.times import UniformTimes
-from lsgm.training import evaluation, logging, runs
+from lsgm.training import evaluation, logging
 from lsgm.training.distributed import World
 from lsgm.training.evaluation import evaluate_vae
-from lsgm.training.launch import _fitted
 from lsgm.training.logging import RunLogger
+from lsgm.training.runs import latent as runs
+from lsgm.training.runs.launch import _fitted
 from vae.random import RowGenerators
 
 ALONE = World(torch.device("cpu"))
@@ -330,7 +331,7 @@ def test_a_run_on_few_colour_images_says_what_its_user_understands(tmp_path, cap
     )
     lines, options = drawn[-1]
     assert lines["lsgm"] == log and options["num_dims"] == 192
-    assert isinstance(lsgm.load(run), lsgm.models.LSGM)
+    assert isinstance(lsgm.load(run), lsgm.models.latent.LSGM)
 
 
 def test_curves_of_colour_data_have_an_axis_of_bits(tmp_path, monkeypatch):

@@ -6,12 +6,11 @@ import warnings
 import pytest
 import torch
 
-from lsgm.config import DataConfig
+from lsgm.config.training import DataConfig
 from lsgm.data import ArrayDataset, Datasets, DataSpec, build_datasets
 from lsgm.errors import UserError
-from lsgm.evaluation import features as module
-from lsgm.evaluation.classifier import ClassifierSettings, data_hash, tensors_hash
-from lsgm.evaluation.distances import (
+from lsgm.evaluation.quality import features as module
+from lsgm.evaluation.quality.distances import (
     Moments,
     SmallSampleWarning,
     frechet_distance,
@@ -26,7 +25,8 @@ from lsgm.evaluation.distances import (
     precision_recall,
     small_sample_notes,
 )
-from lsgm.evaluation.features import FeatureExtractor, extract, make_extractor, to_uint8_rgb
+from lsgm.evaluation.quality.feature_classifier import ClassifierSettings, data_hash, tensors_hash
+from lsgm.evaluation.quality.features import FeatureExtractor, extract, make_extractor, to_uint8_rgb
 
 SETTINGS = ClassifierSettings(steps=150, features=8, width=8, lr=1e-2)
 

@@ -14,10 +14,12 @@ from lsgm.benchmark.few_step_cases import RingMixture, energy_distance, mixture_
 from lsgm.benchmark.few_step_report import comparison, write_report
 from lsgm.benchmark.few_step_runner import Bench
 from lsgm.benchmark.reference_samplers import METHODS, ReferenceSampler, reference_samplers
-from lsgm.config import DataConfig, PriorConfig, PriorNetworkConfig, VAEConfig
+from lsgm.config.architecture import PriorConfig, PriorNetworkConfig, VAEConfig
+from lsgm.config.training import DataConfig
 from lsgm.data import build_datasets
 from lsgm.errors import UserError
-from lsgm.models import LSGM, VAEModel, build_prior, build_vae, save
+from lsgm.models.latent import LSGM, VAEModel, build_prior, build_vae
+from lsgm.models.release import save
 from lsgm.sde import VPSDE, GeometricVPSDE
 from lsgm.solvers import make_grid, make_solver
 

@@ -5,16 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lsgm.evaluation.figures import (
-    Series,
-    bound_plot,
-    decomposition_plot,
-    image_grid,
-    neighbours_grid,
-    quality_plot,
-    reconstruction_grid,
-    save_grid,
-)
+from lsgm.evaluation.report.figures import Series, bound_plot, decomposition_plot, quality_plot
+from lsgm.system.pictures import image_grid, neighbours_grid, reconstruction_grid, save_grid
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import stat
 import pytest
 
 from lsgm.errors import UserError
-from lsgm.files import atomic_write_text, check_output, open_log
+from lsgm.system.files import atomic_write_text, check_output, open_log
 
 LINES = [json.dumps({"phase": "train", "step": step}).encode() + b"\n" for step in range(5)]
 WHOLE = b"".join(LINES)
@@ -51,7 +51,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     def refuse(*arguments, **options):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("lsgm.files.tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("lsgm.system.files.tempfile.TemporaryFile", refuse)
     with pytest.raises(UserError, match=r"a\.png: cannot be written \(Read-only file system\)"):
         check_output(tmp_path / "a.png", "--out")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lsgm.config import DataConfig
+from lsgm.config.training import DataConfig
 from lsgm.data import Datasets, build_datasets, discovery, folder
 from lsgm.data.discovery import find_images
 from lsgm.data.folder import FolderDataset

@@ -17,16 +17,17 @@ from damage import damages
 from torch import Tensor
 
 import lsgm
-from lsgm.cli import run
-from lsgm.config import LSGMTrainConfig, VAETrainConfig
-from lsgm.configio import load_run_config
+from lsgm.commands.run import run
+from lsgm.config.command_line import load_run_config
+from lsgm.config.training import LSGMTrainConfig, VAETrainConfig
 from lsgm.errors import UserError
 from lsgm.importers.command import import_command
 from lsgm.importers.official import load_official_vae, read_official_checkpoint
 from lsgm.importers.official_names import published_names
 from lsgm.importers.official_prior import load_official_prior
 from lsgm.importers.runs import import_official_lsgm
-from lsgm.models import LSGM, load_data_config
+from lsgm.models.latent import LSGM
+from lsgm.models.release import load_data_config
 from vae import HierarchicalVAE
 
 

@@ -18,19 +18,19 @@ from score_sde_files import published_state, write_checkpoint
 from torch import Tensor
 
 import lsgm
-from lsgm.cli import run
-from lsgm.config import DataConfig, PriorNetworkConfig, SDEConfig
-from lsgm.config_data import NCSNTrainConfig, SamplerConfig, ScoreModelConfig
-from lsgm.configio import load_config, load_run_config, save_config
+from lsgm.commands.run import run
+from lsgm.commands.sample import SampleOptions
+from lsgm.config.architecture import PriorNetworkConfig, SamplerConfig, ScoreModelConfig, SDEConfig
+from lsgm.config.command_line import load_config, load_run_config, save_config
+from lsgm.config.training import DataConfig, NCSNTrainConfig
 from lsgm.data.spec import DataSpec
-from lsgm.datasgm import DataSGM, build_data_model
 from lsgm.errors import UserError
 from lsgm.importers import score_sde_configs
 from lsgm.importers.command import import_command
 from lsgm.importers.formats import detect_format
 from lsgm.importers.score_sde import import_score_sde
-from lsgm.options import SampleOptions
-from lsgm.solver_choice import choose_solver
+from lsgm.models.images import DataSGM, build_data_model
+from lsgm.sampling.sampler import choose_solver
 from lsgm.solvers import NormalReference
 
 SPEC = DataSpec("folder", 3, 8, 0, binary=False, flip=True)

@@ -16,14 +16,15 @@ from damage import damages
 from safetensors.torch import load_file, save_file
 
 import lsgm
-from lsgm import memory
-from lsgm.config import DataConfig, VAEConfig, VAETrainConfig
-from lsgm.configio import load_run_config, save_config
+from lsgm.config.architecture import VAEConfig
+from lsgm.config.command_line import load_run_config, save_config
+from lsgm.config.training import DataConfig, VAETrainConfig
 from lsgm.data.spec import DataSpec
 from lsgm.errors import UserError
-from lsgm.integrity import file_sha256, seal
-from lsgm.models import VAEModel, build_vae, save
-from lsgm.release import load_data_config
+from lsgm.models.latent import VAEModel, build_vae
+from lsgm.models.release import load_data_config, save
+from lsgm.system import memory
+from lsgm.system.integrity import file_sha256, seal
 from lsgm.training.checkpoint import CheckpointError, Checkpoints
 
 REPOSITORY = Path(__file__).parents[1]

@@ -8,9 +8,10 @@ import pytest
 import torch
 from oracles import GaussianOracle
 
-from lsgm.config import PriorConfig, PriorNetworkConfig, VAEConfig
+from lsgm.config.architecture import PriorConfig, PriorNetworkConfig, VAEConfig
 from lsgm.data.spec import DataSpec
-from lsgm.latents import (
+from lsgm.models.latent import LSGM, build_prior, build_vae
+from lsgm.sampling.codes import (
     Code,
     close_round_trip,
     decode,
@@ -20,8 +21,7 @@ from lsgm.latents import (
     resample_groups,
     slerp,
 )
-from lsgm.models import LSGM, build_prior, build_vae
-from lsgm.sampling import draw_batch
+from lsgm.sampling.draw import draw_batch
 from lsgm.sde import VPSDE
 from lsgm.solvers import make_grid, make_solver
 

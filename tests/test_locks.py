@@ -9,15 +9,15 @@ import warnings
 
 import pytest
 
-from lsgm import locks
 from lsgm.errors import UserError
-from lsgm.files import atomic_write, sweep
-from lsgm.locks import FolderLock
+from lsgm.system import locks
+from lsgm.system.files import atomic_write, sweep
+from lsgm.system.locks import FolderLock
 
 HOLDER = """
 import sys, time
 sys.path.insert(0, {root!r})
-from lsgm.locks import FolderLock
+from lsgm.system.locks import FolderLock
 FolderLock({folder!r}).acquire()
 print("held", flush=True)
 time.sleep(60)
@@ -59,7 +59,7 @@ def test_a_process_excludes_itself(tmp_path):
     # ... and the try has not let go of the lock.
     root = os.path.dirname(os.path.dirname(locks.__file__))
     code = f"import sys; sys.path.insert(0, {root!r})\n"
-    code += f"from lsgm.locks import FolderLock\nFolderLock({str(tmp_path)!r}).acquire()"
+    code += f"from lsgm.system.locks import FolderLock\nFolderLock({str(tmp_path)!r}).acquire()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and "is in use by" in done.stderr
     lock.release()
@@ -101,7 +101,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, name):
 def test_only_temporary_files_of_the_dead_go(tmp_path):
     code = (
         "import os, sys; sys.path.insert(0, sys.argv[1])\n"
-        "from lsgm.files import atomic_write\n"
+        "from lsgm.system.files import atomic_write\n"
         "with atomic_write(sys.argv[2]) as file:\n"
         "    file.write(b'half'); file.flush(); os.kill(os.getpid(), 9)\n"
     )

@@ -15,10 +15,10 @@ import pytest
 import torch
 import yaml
 
-from lsgm.config import LSGMTrainConfig, TrainConfig, VAETrainConfig
-from lsgm.configio import load_config
+from lsgm.config.command_line import load_config
+from lsgm.config.training import LSGMTrainConfig, TrainConfig, VAETrainConfig
 from lsgm.data.spec import DataSpec
-from lsgm.models import build_prior, build_vae
+from lsgm.models.latent import build_prior, build_vae
 from vae import HierarchicalVAE
 from vae.layers import BatchNorm, Conv2d, WeightNormConv2d
 

@@ -26,17 +26,19 @@ from test_training_stages import (
 from torch import Tensor, nn
 
 import vae.objective
-from lsgm.config import DataConfig, LSGMTrainConfig, ObjectiveConfig, PriorConfig
+from lsgm.config.architecture import PriorConfig
+from lsgm.config.training import DataConfig, LSGMTrainConfig, ObjectiveConfig
 from lsgm.data import Datasets, build_datasets
 from lsgm.data.arrays import ArrayDataset
-from lsgm.models import LSGM, load
+from lsgm.models.latent import LSGM
+from lsgm.models.loading import load
 from lsgm.objectives import NormalReference, prior_losses
 from lsgm.score import MixedNormalScore
 from lsgm.sde import VPSDE
 from lsgm.times import make_proposal
 from lsgm.training.loop import EvalContext
-from lsgm.training.runs import _inactive_channels, train_lsgm
-from lsgm.training.stages import LSGMStage
+from lsgm.training.runs.latent import _inactive_channels, train_lsgm
+from lsgm.training.stages.latent import LSGMStage
 from lsgm.weighting import make_weighting
 from vae.layers import BatchNorm
 from vae.objective import kl_balance_weights
@@ -235,7 +237,7 @@ def test_the_published_mask_is_in_checkpoints_and_not_in_the_release(
 ) -> None:
     scripted.update(dict.fromkeys(range(1, 5), 1.0))
     inactive = torch.tensor([True, False, False, True])
-    monkeypatch.setattr("lsgm.training.runs._inactive_channels", lambda *_: inactive)
+    monkeypatch.setattr("lsgm.training.runs.latent._inactive_channels", lambda *_: inactive)
     prior = PriorConfig(NETWORK, drop_inactive=True, inactive_mask="training")
     config = every_epoch(short_run(vae_run, prior), "last")
     out = train_lsgm(config, str(tmp_path / "run"))
@@ -305,7 +307,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, float]]:
     values: dict[int, float] = {}
     digits = build_datasets(DataConfig())
     few = replace(digits, train=ArrayDataset(digits.train.batch(torch.arange(16))))
-    monkeypatch.setattr("lsgm.training.launch.build_datasets", lambda _: few)
+    monkeypatch.setattr("lsgm.data.build_datasets", lambda _: few)
 
     def evaluate(*arguments: object) -> dict[str, float]:
         (context,) = (a for a in arguments if isinstance(a, EvalContext))
@@ -313,7 +315,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, float]]:
             raise KeyboardInterrupt
         return {"nelbo": values[context.step]}
 
-    monkeypatch.setattr("lsgm.training.runs.evaluate_vae", evaluate)
+    monkeypatch.setattr("lsgm.training.evaluation.evaluate_vae", evaluate)
     yield values
 
 
@@ -404,7 +406,7 @@ def test_the_published_scan_for_inactive_channels_reads_images_as_training_does(
         flags.append(train)
         return 2 * x.round() - 1
 
-    monkeypatch.setattr("lsgm.training.runs.preprocess", record)
+    monkeypatch.setattr("lsgm.data.preprocess", record)
     prior = PriorConfig(NETWORK, drop_inactive=True, inactive_mask=mask)  # type: ignore[arg-type]
     data = ArrayDataset(images(8))
     model = make_model(prior)

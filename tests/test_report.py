@@ -7,26 +7,30 @@ from pathlib import Path
 import pytest
 import torch
 
-from lsgm.config import (
-    DataConfig,
+from lsgm.config.architecture import (
     PriorConfig,
     PriorNetworkConfig,
+    SamplerConfig,
+    ScoreModelConfig,
     SDEConfig,
     VAEConfig,
 )
-from lsgm.config_data import SamplerConfig, ScoreModelConfig
+from lsgm.config.training import DataConfig
 from lsgm.data import ArrayDataset, Datasets, DataSpec, build_datasets, random_subset
-from lsgm.datasgm import build_data_model
 from lsgm.errors import UserError
-from lsgm.evaluation import features as registry
-from lsgm.evaluation.decomposition import bound_curves, decompose
-from lsgm.evaluation.details import neighbours_of
-from lsgm.evaluation.features import NetworkExtractor
-from lsgm.evaluation.nll import evaluation_batches, nelbo, with_generators
-from lsgm.evaluation.published import PUBLISHED, READ, SECOND_HAND, published_for
-from lsgm.evaluation.report import applies, evaluate
-from lsgm.models import LSGM, VAEModel, build_prior, build_vae, save
-from lsgm.options import EvaluateOptions, QualityOptions, SolverOptions
+from lsgm.evaluation.likelihood.bounds import evaluation_batches, nelbo, with_generators
+from lsgm.evaluation.likelihood.decomposition import bound_curves, decompose
+from lsgm.evaluation.quality import features as registry
+from lsgm.evaluation.quality.features import NetworkExtractor
+from lsgm.evaluation.quality.options import QualityOptions
+from lsgm.evaluation.report.details import neighbours_of
+from lsgm.evaluation.report.evaluate import applies, evaluate
+from lsgm.evaluation.report.options import EvaluateOptions
+from lsgm.evaluation.report.published import PUBLISHED, READ, SECOND_HAND, published_for
+from lsgm.models.images import build_data_model
+from lsgm.models.latent import LSGM, VAEModel, build_prior, build_vae
+from lsgm.models.release import save
+from lsgm.sampling.sampler import SolverOptions
 from vae.objective import bounds
 
 DIGITS = DataConfig(name="digits")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from lsgm.safetensors_file import write_safetensors
+from lsgm.system.safetensors import write_safetensors
 
 
 def test_the_same_bytes():

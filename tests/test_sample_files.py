@@ -10,26 +10,30 @@ import pytest
 import torch
 from PIL import Image
 
-from lsgm.config import (
-    DataConfig,
-    LSGMTrainConfig,
-    OptimConfig,
+from lsgm.commands.sample import SampleOptions, sample_to_file
+from lsgm.config.architecture import (
     PriorConfig,
     PriorNetworkConfig,
-    TrainConfig,
+    SamplerConfig,
+    ScoreModelConfig,
     VAEConfig,
+)
+from lsgm.config.training import (
+    DataConfig,
+    LSGMTrainConfig,
+    NCSNTrainConfig,
+    OptimConfig,
+    TrainConfig,
     VAETrainConfig,
 )
-from lsgm.config_data import NCSNTrainConfig, SamplerConfig, ScoreModelConfig
 from lsgm.data.spec import DataSpec
-from lsgm.datasgm import build_data_model
 from lsgm.errors import NonFiniteError, UserError
-from lsgm.models import load, save
-from lsgm.options import SampleOptions
-from lsgm.sample_files import sample_to_file
+from lsgm.models.images import build_data_model
+from lsgm.models.loading import load
+from lsgm.models.release import save
 from lsgm.training.checkpoint_model import load_checkpoint
-from lsgm.training.data_runs import train_ncsn
-from lsgm.training.runs import train_lsgm, train_vae
+from lsgm.training.runs.images import train_ncsn
+from lsgm.training.runs.latent import train_lsgm, train_vae
 
 NETWORK = PriorNetworkConfig(
     num_channels=8, num_scales=1, num_cells_per_scale=1, embedding_dim=8, attention_resolutions=()
@@ -97,7 +101,7 @@ def test_a_folder_has_one_png_an_image(run, tmp_path):
 
 
 def test_a_wrong_out_is_known_before_the_first_network_call(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("lsgm.sample_files.iterate_samples", lambda *_: pytest.fail("sampled"))
+    monkeypatch.setattr("lsgm.sampling.draw.iterate_samples", lambda *_: pytest.fail("sampled"))
     (tmp_path / "file").write_text("x")
     (tmp_path / "a.png").mkdir()
     wrong = ["file/a.npz", "file", "a.png"]
@@ -118,7 +122,7 @@ def test_what_is_not_finite_is_no_picture(tmp_path, out, monkeypatch):
     model = tiny_model(SamplerConfig("heun", 8))
     with torch.no_grad():
         next(model.score.parameters()).fill_(float("nan"))
-    monkeypatch.setattr("lsgm.sample_files.load", lambda *_: model)  # which refuses such weights
+    monkeypatch.setattr("lsgm.models.loading.load", lambda *_: model)  # which refuses such weights
     with pytest.raises(NonFiniteError, match=r"Heun: 3 of 3 samples \(100%\) are not finite"):
         draw(tmp_path / "run", tmp_path / "out" / out, n=5, batch_size=3)
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]

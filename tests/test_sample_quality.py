@@ -5,26 +5,27 @@ import json
 import pytest
 import torch
 
-from lsgm.config import DataConfig
+from lsgm.config.training import DataConfig
 from lsgm.data import ArrayDataset, Datasets, DataSpec, binarise, fixed_binarisation
 from lsgm.errors import UserError
-from lsgm.evaluation import features as registry
-from lsgm.evaluation.distances import (
+from lsgm.evaluation.quality import features as registry
+from lsgm.evaluation.quality.distances import (
     frechet_distance,
     inception_score,
     jackknife_error,
     kernel_distance,
     precision_recall,
 )
-from lsgm.evaluation.features import Activations, NetworkExtractor
-from lsgm.evaluation.sample_quality import (
+from lsgm.evaluation.quality.features import Activations, NetworkExtractor
+from lsgm.evaluation.quality.options import QualityOptions
+from lsgm.evaluation.quality.scores import (
     difference,
     quality_of_images,
     real_activations,
     sample_quality,
 )
-from lsgm.options import QualityOptions, SolverOptions
-from lsgm.sampling import Samples
+from lsgm.sampling.draw import Samples
+from lsgm.sampling.sampler import SolverOptions
 
 NUM, SIZE, PADDING = 300, 6, 1
 DATA = DataConfig(name="digits", eval_binarisation_seed=5)

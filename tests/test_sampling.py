@@ -14,15 +14,15 @@ import pytest
 import torch
 from oracles import GaussianOracle
 
-from lsgm.datasgm import SamplerDefaults
+from lsgm.commands.sample import SampleOptions
 from lsgm.errors import UserError
-from lsgm.npz import write_npz
-from lsgm.options import SampleOptions, SolverOptions
-from lsgm.protocols import has_diffusion
-from lsgm.sampling import draw_samples, iterate_samples
+from lsgm.models.base import has_diffusion
+from lsgm.models.images import SamplerDefaults
+from lsgm.sampling.draw import draw_samples, iterate_samples
+from lsgm.sampling.sampler import SOLVER_OPTIONS, SolverOptions, choose_solver, solver_arguments
 from lsgm.sde import VPSDE
-from lsgm.solver_choice import SOLVER_OPTIONS, choose_solver, solver_arguments
 from lsgm.solvers import SOLVERS, make_grid, make_solver
+from lsgm.system.npz import write_npz
 from vae.random import RowGenerators, rand, randn
 
 SDE = VPSDE()

@@ -7,23 +7,24 @@ import pytest
 import torch
 from oracles import GaussianOracle
 
-from lsgm.classifier import build_classifier
-from lsgm.config import PriorNetworkConfig, SDEConfig
-from lsgm.config_data import (
+from lsgm.config.architecture import (
     ClassifierConfig,
     LadderConfig,
+    PriorNetworkConfig,
     SamplerConfig,
     ScoreModelConfig,
-    ScoreObjectiveConfig,
+    SDEConfig,
 )
+from lsgm.config.training import ScoreObjectiveConfig
 from lsgm.data import ArrayDataset, Batches, Datasets, DataSpec, LabelledImages
-from lsgm.datasgm import build_data_model
 from lsgm.divergence import HutchinsonDivergence
 from lsgm.errors import UserError
+from lsgm.models.classifier import build_classifier
+from lsgm.models.images import build_data_model
 from lsgm.noise_ladder import NoiseLadder
-from lsgm.training.classifier_stage import ClassifierStage
-from lsgm.training.data_runs import fit_noise
-from lsgm.training.score_stage import ScoreStage
+from lsgm.training.runs.images import fit_noise
+from lsgm.training.stages.classifier import ClassifierStage
+from lsgm.training.stages.score import ScoreStage
 from lsgm.training.state import StepContext
 
 SPEC = DataSpec("toy", channels=1, image_size=4, padding=0, binary=False, num_classes=3)

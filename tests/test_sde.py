@@ -9,7 +9,7 @@ import torch
 from sde_cases import CASES, all_sdes
 from torch import Tensor
 
-from lsgm.config import SDEConfig
+from lsgm.config.architecture import SDEConfig
 from lsgm.objectives import NormalReference
 from lsgm.sde import (
     SDES,

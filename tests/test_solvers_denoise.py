@@ -12,12 +12,12 @@ import pytest
 import torch
 from oracles import GaussianOracle
 
-from lsgm.config import PriorNetworkConfig
-from lsgm.config_data import NCSNTrainConfig
-from lsgm.configio import load_config
+from lsgm.config.architecture import PriorNetworkConfig
+from lsgm.config.command_line import load_config
+from lsgm.config.training import NCSNTrainConfig
 from lsgm.data.spec import DataSpec
-from lsgm.datasgm import build_data_model
 from lsgm.errors import NonFiniteError, UserError
+from lsgm.models.images import build_data_model
 from lsgm.sde import VESDE, VPSDE, GeometricVPSDE
 from lsgm.solvers import SOLVERS, Hook, make_grid, make_solver
 

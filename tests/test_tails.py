@@ -13,9 +13,9 @@ from quadrature import integrate
 from sde_cases import CASES
 from torch import Tensor, nn
 
-from lsgm.evaluation.nll import nelbo
-from lsgm.evaluation.tails import HEAVY_TAIL, HeavyTailWarning, tail_share
-from lsgm.models import VAEModel
+from lsgm.evaluation.likelihood.bounds import nelbo
+from lsgm.evaluation.likelihood.tails import HEAVY_TAIL, HeavyTailWarning, tail_share
+from lsgm.models.latent import VAEModel
 from lsgm.times import make_proposal
 from lsgm.weighting import make_weighting
 

@@ -10,7 +10,7 @@ from scipy.stats import kstest
 from sde_cases import CASES
 from torch import Tensor
 
-from lsgm.evaluation.tails import HEAVY_TAIL, tail_share
+from lsgm.evaluation.likelihood.tails import HEAVY_TAIL, tail_share
 from lsgm.sde import VPSDE, GeometricVPSDE, LinearSDE, SubVPSDE
 from lsgm.times import (
     DEFENSIVE_SHARE,

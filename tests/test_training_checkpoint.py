@@ -7,9 +7,15 @@ import sys
 import pytest
 import torch
 
-from lsgm import files
 from lsgm.errors import UserError
-from lsgm.files import RunFolder, atomic_save, atomic_write, atomic_write_json, atomic_write_text
+from lsgm.system import files
+from lsgm.system.files import (
+    RunFolder,
+    atomic_save,
+    atomic_write,
+    atomic_write_json,
+    atomic_write_text,
+)
 from lsgm.training.checkpoint import CheckpointError, Checkpoints
 
 STATE = {"weights": {"w": torch.arange(2000.0)}, "counters": {"step": 3}, "list": [1, 2.5, "a"]}

@@ -6,14 +6,15 @@ import pytest
 import torch
 from training_toy import BATCH, OPTIMS, TRAIN, ToyBatches, ToyStage, train
 
-from lsgm.config import OptimConfig
+from lsgm.config.training import OptimConfig
 from lsgm.errors import UserError
 from lsgm.objectives import prior_losses
 from lsgm.sde import VPSDE
+from lsgm.system.device import choose_device
 from lsgm.times import make_proposal
 from lsgm.training import loop
 from lsgm.training.distributed import World
-from lsgm.training.precision import autocast, choose_device, make_scaler
+from lsgm.training.precision import autocast, make_scaler
 from lsgm.training.state import Stage, StepContext, StepOutput, TrainState
 from lsgm.training.step import Step, step_seed
 from lsgm.weighting import make_weighting

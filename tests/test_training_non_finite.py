@@ -6,9 +6,9 @@ import pytest
 import torch
 from training_toy import ToyStage, train
 
-from lsgm import release
-from lsgm.config import DataConfig
+from lsgm.config.training import DataConfig
 from lsgm.errors import UserError
+from lsgm.models import release
 from lsgm.training import loop
 from lsgm.training.checkpoint import Checkpoints
 

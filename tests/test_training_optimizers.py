@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from lsgm.config import OptimConfig
+from lsgm.config.training import OptimConfig
 from lsgm.errors import UserError
 from lsgm.training.ema import EMA
 from lsgm.training.optimizers import make_optimizer

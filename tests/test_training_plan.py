@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from lsgm.config import LSGMTrainConfig, VAETrainConfig
-from lsgm.configio import load_config, save_config
+from lsgm.config.command_line import load_config, save_config
+from lsgm.config.training import LSGMTrainConfig, VAETrainConfig
 from lsgm.errors import UserError
-from lsgm.files import RunFolder, atomic_write_json
-from lsgm.training.resume import (
+from lsgm.system.files import RunFolder, atomic_write_json
+from lsgm.training.runs.resume import (
     Plan,
     configuration_changes,
     plan,
@@ -143,7 +143,7 @@ def test_a_kill_between_the_two_files_leaves_one_entry(run, monkeypatch):
     begin(run, checkpoint=True)
     chosen = plan(run, faster(), True)
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr("lsgm.training.resume.save_config", _interrupt)
+        patch.setattr("lsgm.config.command_line.save_config", _interrupt)
         record_changes(run, faster(), chosen, 7)
     assert load_config(VAETrainConfig, run.config) == CONFIG
     record_changes(run, faster(), plan(run, faster(), True), 7)

@@ -13,43 +13,34 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from lsgm.config import (
+from lsgm.config.architecture import PriorConfig, PriorNetworkConfig, SDEConfig, VAEConfig
+from lsgm.config.command_line import load_config, save_config
+from lsgm.config.training import (
     DataConfig,
     LSGMTrainConfig,
     ObjectiveConfig,
     OptimConfig,
-    PriorConfig,
-    PriorNetworkConfig,
-    SDEConfig,
     TrainConfig,
-    VAEConfig,
     VAETrainConfig,
 )
-from lsgm.configio import load_config, save_config
 from lsgm.data import DataSpec
 from lsgm.data.registry import build_datasets
 from lsgm.errors import UserError
-from lsgm.models import (
-    LSGM,
-    VAEModel,
-    build_prior,
-    build_vae,
-    load,
-    prior_config_from,
-    save,
-)
+from lsgm.models.latent import LSGM, VAEModel, build_prior, build_vae, prior_config_from
+from lsgm.models.loading import load
+from lsgm.models.release import save
 from lsgm.networks import NCSNpp
 from lsgm.networks.layers import GroupNorm
 from lsgm.objectives import NormalReference, latent_cross_entropy, prior_losses
-from lsgm.options import SolverOptions
-from lsgm.sampling import draw_samples
+from lsgm.sampling.draw import draw_samples
+from lsgm.sampling.sampler import SolverOptions
 from lsgm.score import MixedNormalScore
 from lsgm.sde import LinearSDE, largest_squared_distance, make_sde
 from lsgm.solvers import AdaptiveODE
 from lsgm.tensors import expand_like
 from lsgm.times import make_proposal
-from lsgm.training.runs import train_lsgm
-from lsgm.training.stages import LSGMStage, score_convolutions
+from lsgm.training.runs.latent import train_lsgm
+from lsgm.training.stages.latent import LSGMStage, score_convolutions
 from lsgm.training.state import StepContext, TrainState
 from lsgm.weighting import make_weighting
 from vae.objective import standard_normal_log_prob
@@ -534,11 +525,11 @@ def test_inactive_channels_and_both_averages_are_in_the_release(
 ) -> None:
     """Found before training, kept through a resume, and released with the averaged weights."""
     inactive = torch.tensor([True, False, False, True])
-    monkeypatch.setattr("lsgm.training.runs._inactive_channels", lambda *_: inactive)
+    monkeypatch.setattr("lsgm.training.runs.latent._inactive_channels", lambda *_: inactive)
     prior = PriorConfig(NETWORK, drop_inactive=True)
     out = tmp_path / "run"
     train_lsgm(short_run(vae_run, prior, steps=2), str(out))
-    monkeypatch.setattr("lsgm.training.runs._inactive_channels", lambda *_: ~inactive)
+    monkeypatch.setattr("lsgm.training.runs.latent._inactive_channels", lambda *_: ~inactive)
     train_lsgm(short_run(vae_run, prior, steps=4), str(out), resume=True)
     model = load(out)
     assert isinstance(model, LSGM)

@@ -23,10 +23,12 @@ from lsgm.benchmark.gradients import (
     study,
 )
 from lsgm.benchmark.variance import MixtureNetwork, VarianceOptions, run_study, variance_command
-from lsgm.config import DataConfig, PriorConfig, PriorNetworkConfig, VAEConfig
+from lsgm.config.architecture import PriorConfig, PriorNetworkConfig, VAEConfig
+from lsgm.config.training import DataConfig
 from lsgm.data import build_datasets
 from lsgm.errors import UserError
-from lsgm.models import LSGM, VAEModel, build_prior, build_vae, save
+from lsgm.models.latent import LSGM, VAEModel, build_prior, build_vae
+from lsgm.models.release import save
 from lsgm.objectives import NormalReference, prior_losses
 from lsgm.score import MixedNormalScore
 from lsgm.sde import VESDE, VPSDE, LinearSDE

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lsgm.config import OptimConfig, TrainConfig
+from lsgm.config.training import OptimConfig, TrainConfig
 from lsgm.training import (
     FitResult,
     RunFolder,

@@ -23,11 +23,11 @@ from lsgm.benchmark.few_step_report import write_report
 from lsgm.benchmark.few_step_runner import Bench, Measurement, PilotFits, run_theirs
 from lsgm.benchmark.overhead import Overhead, measure_overhead
 from lsgm.benchmark.reference_samplers import METHODS, reference_samplers
-from lsgm.configio import parse_command_line
-from lsgm.files import check_output
-from lsgm.progress import progress_bar
+from lsgm.config.command_line import parse_command_line
 from lsgm.solvers import GRIDS, SOLVERS, Solver, make_grid, make_solver
-from lsgm.training.precision import choose_device
+from lsgm.system.device import choose_device
+from lsgm.system.files import check_output
+from lsgm.system.progress import progress_bar
 
 __all__ = ["FewStepOptions", "FewStepResult", "Measurement", "few_step_command", "measure"]
 
@@ -59,7 +59,7 @@ class FewStepOptions:
     """Every option of diffusers' schedulers, not only the usual ones on every grid, and pilot grids
     for every solver of ours, not only for those of their methods. None: without --run."""
     extractor: str = "classifier"
-    """Features of the quality figure with --run (lsgm.evaluation.features), or none."""
+    """Features of the quality figure with --run (lsgm.evaluation.quality.features), or none."""
     data_root: str | None = None
     """Where the data lie, if elsewhere than in training."""
     device: str = "auto"

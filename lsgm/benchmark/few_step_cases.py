@@ -13,14 +13,11 @@ from torch import Tensor
 from lsgm.data import build_datasets, random_subset
 from lsgm.data.spec import ImageDataset
 from lsgm.errors import UserError
-from lsgm.evaluation.features import (
-    FeatureExtractor,
-    frechet_distance,
-    make_extractor,
-    nearest_neighbours,
-)
-from lsgm.models import load, load_data_config
-from lsgm.protocols import has_diffusion
+from lsgm.evaluation.quality.distances import frechet_distance, nearest_neighbours
+from lsgm.evaluation.quality.features import FeatureExtractor, make_extractor
+from lsgm.models.base import has_diffusion
+from lsgm.models.loading import load
+from lsgm.models.release import load_data_config
 from lsgm.sde import VPSDE, LinearSDE
 from lsgm.solvers.base import EpsFn
 from lsgm.tensors import expand_like

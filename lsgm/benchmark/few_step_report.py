@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lsgm.files import atomic_write, atomic_write_json, atomic_write_text
+from lsgm.system.files import atomic_write, atomic_write_json, atomic_write_text
 
 if TYPE_CHECKING:
     from lsgm.benchmark.few_step import FewStepResult, Measurement

@@ -28,17 +28,17 @@ from lsgm.benchmark.training import (
     second_stage_config,
     training_step,
 )
-from lsgm.config import LSGMTrainConfig, OptimConfig, VAETrainConfig
-from lsgm.configio import parse_command_line
+from lsgm.config.command_line import parse_command_line
+from lsgm.config.overrides import Option
+from lsgm.config.training import LSGMTrainConfig, OptimConfig, VAETrainConfig
 from lsgm.data.spec import DataSpec
 from lsgm.errors import UserError
-from lsgm.models import LSGM, VAEModel, build_prior, build_vae
+from lsgm.models.latent import LSGM, VAEModel, build_prior, build_vae
 from lsgm.objectives import prior_losses
-from lsgm.overrides import Option
-from lsgm.processes import in_fresh_process
-from lsgm.progress import progress_bar
-from lsgm.training.precision import choose_device
-from lsgm.training.stages import LSGMStage, VAEStage
+from lsgm.system.device import choose_device
+from lsgm.system.processes import in_fresh_process
+from lsgm.system.progress import progress_bar
+from lsgm.training.stages.latent import LSGMStage, VAEStage
 from lsgm.training.state import Stage, StepContext, StepOutput
 from vae.random import randn
 from vae.regularization import norm_regularizer

@@ -10,19 +10,26 @@ from pathlib import Path
 
 import torch
 
-from lsgm.allocator import keep_freed_memory
 from lsgm.benchmark.accounting import peak_memory
-from lsgm.config import DataConfig, LSGMTrainConfig, OptimConfig, TrainConfig, VAETrainConfig
-from lsgm.configio import CommandLine, load_config, parse_command_line
+from lsgm.config.command_line import CommandLine, load_config, parse_command_line
+from lsgm.config.overrides import Option
+from lsgm.config.training import (
+    DataConfig,
+    LSGMTrainConfig,
+    OptimConfig,
+    TrainConfig,
+    VAETrainConfig,
+)
 from lsgm.data import Datasets, build_datasets
 from lsgm.data.spec import DataSpec
 from lsgm.errors import UserError
-from lsgm.models import LSGM, VAEModel, build_prior, build_vae
-from lsgm.overrides import Option
-from lsgm.processes import in_fresh_process
+from lsgm.models.latent import LSGM, VAEModel, build_prior, build_vae
+from lsgm.system.allocator import keep_freed_memory
+from lsgm.system.device import choose_device
+from lsgm.system.processes import in_fresh_process
 from lsgm.training.optimizers import make_optimizer
-from lsgm.training.precision import autocast, choose_device, make_scaler
-from lsgm.training.stages import LSGMStage, VAEStage
+from lsgm.training.precision import autocast, make_scaler
+from lsgm.training.stages.latent import LSGMStage, VAEStage
 from lsgm.training.state import Stage, StepContext
 
 __all__ = [

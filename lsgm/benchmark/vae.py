@@ -18,10 +18,10 @@ from lsgm.benchmark.training import (
     training_step,
     vae_stage,
 )
-from lsgm.config import VAETrainConfig
-from lsgm.configio import parse_command_line
-from lsgm.overrides import Option
-from lsgm.processes import in_fresh_process
+from lsgm.config.command_line import parse_command_line
+from lsgm.config.overrides import Option
+from lsgm.config.training import VAETrainConfig
+from lsgm.system.processes import in_fresh_process
 
 __all__ = ["VAECost", "measure_vae", "plain_config", "vae_command"]
 

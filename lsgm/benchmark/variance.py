@@ -15,18 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from lsgm.benchmark.gradients import SIDES, STUDIED_TIMES, Latents, NoiseRow, study
-from lsgm.configio import parse_command_line
+from lsgm.config.command_line import parse_command_line
 from lsgm.data import build_datasets
 from lsgm.errors import UserError
-from lsgm.evaluation.nll import evaluation_batches
-from lsgm.files import atomic_write, atomic_write_json, check_output
-from lsgm.models import LSGM, build_prior, load, load_data_config
-from lsgm.progress import progress_bar
-from lsgm.release import read_description
+from lsgm.evaluation.likelihood.bounds import evaluation_batches
+from lsgm.models.latent import LSGM, build_prior
+from lsgm.models.loading import load
+from lsgm.models.release import load_data_config, read_description
 from lsgm.score import MixedNormalScore
 from lsgm.sde import SDES, LinearSDE, largest_squared_distance, make_sde
+from lsgm.system.device import choose_device
+from lsgm.system.files import atomic_write, atomic_write_json, check_output
+from lsgm.system.progress import progress_bar
 from lsgm.tensors import expand_like
-from lsgm.training.precision import choose_device
 from lsgm.weighting import WEIGHTINGS
 
 __all__ = [

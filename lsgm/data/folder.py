@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lsgm.config import DataConfig
+from lsgm.config.training import DataConfig
 from lsgm.data.discovery import count_files, find_images, subfolders
 from lsgm.data.images import EXTENSIONS, is_grey, read_image
 from lsgm.data.spec import Datasets, DataSpec, ImageDataset
 from lsgm.errors import UserError
-from lsgm.progress import progress_bar
+from lsgm.system.progress import progress_bar
 
 __all__ = ["Folder", "FolderDataset"]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lsgm.config import DataConfig
+from lsgm.config.training import DataConfig
 from lsgm.data.folder import Folder
 from lsgm.data.sources import CIFAR10, MNIST, OMNIGLOT, Digits
 from lsgm.data.spec import Datasets

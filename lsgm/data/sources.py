@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from lsgm.config import DataConfig
+from lsgm.config.training import DataConfig
 from lsgm.data.arrays import ArrayDataset
 from lsgm.data.spec import Datasets, DataSpec
 from lsgm.data.storage import data_root, download_file, fetch_into
-from lsgm.data.torchvision import import_torchvision
 from lsgm.errors import UserError
+from lsgm.system.torchvision import import_torchvision
 
 __all__ = ["CIFAR10", "Digits", "MNIST", "OMNIGLOT", "OMNIGLOT_URL"]
 

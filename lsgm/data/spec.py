@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lsgm.config_checks import require_non_negative, require_positive
+from lsgm.config.checks import require_non_negative, require_positive
 
 __all__ = ["DataSpec", "Datasets", "ImageDataset", "LabelledImages", "map_batch"]
 

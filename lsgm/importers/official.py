@@ -18,7 +18,7 @@ from torch import Tensor
 from lsgm.errors import UserError
 from lsgm.importers.official_names import BUFFERS, published_layers, published_names
 from lsgm.importers.reading import read_checkpoint
-from lsgm.memory import build_within_memory
+from lsgm.system.memory import build_within_memory
 from vae.hierarchical import HierarchicalVAE
 from vae.layers import Conv2d, WeightNormConv2d
 from vae.regularization import SpectralNormRegularizer

@@ -15,7 +15,6 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from lsgm.memory import build_within_memory
 from lsgm.networks.layers import AttentionBlock, GroupNormSiLU, ResidualBlock
 from lsgm.networks.ncsnpp import (
     ConvStep,
@@ -37,6 +36,7 @@ from lsgm.networks.resample import (
 )
 from lsgm.score import MixedNormalScore
 from lsgm.sde import LinearSDE, make_sde
+from lsgm.system.memory import build_within_memory
 
 __all__ = [
     "PriorArguments",

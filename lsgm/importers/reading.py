@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from lsgm.errors import UserError
-from lsgm.integrity import check_records
+from lsgm.system.integrity import check_records
 
 __all__ = ["first_line", "read_checkpoint"]
 

@@ -11,22 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from lsgm.config import (
+from lsgm.config.architecture import PriorConfig, PriorNetworkConfig, SDEConfig, VAEConfig
+from lsgm.config.command_line import save_config
+from lsgm.config.training import (
     DataConfig,
     LSGMTrainConfig,
     ObjectiveConfig,
     OptimConfig,
-    PriorConfig,
-    PriorNetworkConfig,
-    SDEConfig,
     TrainConfig,
-    VAEConfig,
     VAETrainConfig,
 )
-from lsgm.configio import save_config
 from lsgm.data.spec import DataSpec
 from lsgm.errors import MALFORMED, UserError, malformed
-from lsgm.files import RunFolder
 from lsgm.importers.official import (
     OfficialCheckpoint,
     load_official_vae,
@@ -39,9 +35,11 @@ from lsgm.importers.official_prior import (
     load_official_prior,
     prior_arguments,
 )
-from lsgm.integrity import file_sha256
-from lsgm.models import LSGM, VAEModel, save
+from lsgm.models.latent import LSGM, VAEModel
+from lsgm.models.release import save
 from lsgm.score import MixedNormalScore
+from lsgm.system.files import RunFolder
+from lsgm.system.integrity import file_sha256
 
 __all__ = ["OWN_SPECS", "ImportedRun", "Weights", "import_official_lsgm"]
 

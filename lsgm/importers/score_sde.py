@@ -16,23 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsgm.config import DataConfig
-from lsgm.config_data import NCSNTrainConfig
-from lsgm.configio import save_config
+from lsgm.config.command_line import save_config
+from lsgm.config.training import DataConfig, NCSNTrainConfig
 from lsgm.data.spec import DataSpec
-from lsgm.datasgm import DataScore, DataSGM, build_data_model
 from lsgm.errors import UserError
-from lsgm.files import RunFolder
 from lsgm.importers.official_prior import network_weights
 from lsgm.importers.reading import read_checkpoint
 from lsgm.importers.refinenet_names import ncsnv2_weights
 from lsgm.importers.runs import OWN_SPECS, ImportedRun, Weights
 from lsgm.importers.score_sde_configs import choose_config
-from lsgm.integrity import file_sha256
-from lsgm.models import save
+from lsgm.models.images import DataSGM, build_data_model
+from lsgm.models.release import save
+from lsgm.networks.data_score import DataScore
 from lsgm.networks.ncsn import NCSN
 from lsgm.networks.resample import restore_filters
 from lsgm.sde import VESDE
+from lsgm.system.files import RunFolder
+from lsgm.system.integrity import file_sha256
 
 __all__ = [
     "ScoreSDECheckpoint",

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lsgm.config_data import NCSNTrainConfig
-from lsgm.configio import load_config
+from lsgm.config.command_line import load_config
+from lsgm.config.training import NCSNTrainConfig
 from lsgm.errors import UserError
 
 __all__ = ["CONFIGS", "PUBLISHED", "Choice", "choose_config", "network_facts"]

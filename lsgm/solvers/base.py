@@ -14,12 +14,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lsgm.errors import NonFiniteError
+from lsgm.score import EpsFn
 from lsgm.sde import LinearSDE
 from lsgm.tensors import expand_like
 from vae.random import Rng, randn
@@ -37,12 +38,6 @@ __all__ = [
     "probability_flow_velocity",
     "require_finite",
 ]
-
-
-class EpsFn(Protocol):
-    """A noise prediction: ``x_t (B, *shape)``, ``t (B,)`` -> ``eps (B, *shape)``."""
-
-    def __call__(self, x_t: Tensor, t: Tensor, /) -> Tensor: ...
 
 
 class Hook:

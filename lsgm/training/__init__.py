@@ -1,6 +1,6 @@
 """The training loop and what it stands on."""
 
-from lsgm.files import RunFolder
+from lsgm.system.files import RunFolder
 from lsgm.training.checkpoint import Checkpoints
 from lsgm.training.distributed import World, all_max, all_mean, distributed, gather_rows, on_main
 from lsgm.training.ema import EMA

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lsgm.errors import UserError
-from lsgm.files import RunFolder
+from lsgm.system.files import RunFolder
 from lsgm.training.checkpoint import Checkpoints
 from lsgm.training.distributed import World, on_main
 from lsgm.training.loop import EvalContext

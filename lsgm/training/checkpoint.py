@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from lsgm.errors import UserError
-from lsgm.files import atomic_save, sweep
-from lsgm.integrity import check_records
+from lsgm.system.files import atomic_save, sweep
+from lsgm.system.integrity import check_records
 
 __all__ = ["CheckpointError", "Checkpoints"]
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lsgm.errors import UserError
-from lsgm.files import RunFolder
-from lsgm.models import build_described
+from lsgm.models.loading import build_described
+from lsgm.system.files import RunFolder
 from lsgm.training.checkpoint import CheckpointError, Checkpoints
 from lsgm.training.state import architecture_mismatch
 

@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from lsgm.errors import UserError
-from lsgm.training.precision import choose_device
+from lsgm.system.device import choose_device
 
 __all__ = [
     "World",

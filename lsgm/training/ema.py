@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lsgm.config import OptimConfig
+from lsgm.config.training import OptimConfig
 
 __all__ = ["EMA", "make_average"]
 

@@ -15,23 +15,27 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lsgm.classifier import ImageClassifier
-from lsgm.config import DataConfig
-from lsgm.config_data import ScoreObjectiveConfig
+from lsgm.config.training import DataConfig, ScoreObjectiveConfig
 from lsgm.data import Batches, Datasets
 from lsgm.data.spec import DataSpec
-from lsgm.datasgm import DataSGM
 from lsgm.errors import NonFiniteError
-from lsgm.evaluation.figures import image_grid, reconstruction_grid, save_grid
-from lsgm.evaluation.nll import Estimate, evaluation_batches, nelbo_values, with_generators
-from lsgm.models import VAEModel
-from lsgm.options import SolverOptions
-from lsgm.sampling import row_sampler
-from lsgm.training.classifier_stage import ClassifierStage
+from lsgm.evaluation.likelihood.bounds import (
+    Estimate,
+    evaluation_batches,
+    nelbo_values,
+    with_generators,
+)
+from lsgm.models.classifier import ImageClassifier
+from lsgm.models.images import DataSGM
+from lsgm.models.latent import VAEModel
+from lsgm.sampling.draw import row_sampler
+from lsgm.sampling.sampler import SolverOptions
+from lsgm.system.pictures import image_grid, reconstruction_grid, save_grid
 from lsgm.training.distributed import gather_rows, on_main
 from lsgm.training.loop import EvalContext
 from lsgm.training.precision import autocast
-from lsgm.training.score_stage import ScoreStage
+from lsgm.training.stages.classifier import ClassifierStage
+from lsgm.training.stages.score import ScoreStage
 from vae.objective import bits_per_dim
 from vae.random import RowGenerators
 

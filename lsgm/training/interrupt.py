@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 
-from lsgm.cli import STOP_SIGNALS
+from lsgm.commands.run import STOP_SIGNALS
 from lsgm.errors import Interrupted
 
 __all__ = ["StopNow", "StopSignal", "TrainingInterrupted", "resume_command"]

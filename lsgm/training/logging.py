@@ -13,8 +13,8 @@ from tensorboardX import SummaryWriter
 from torch import Tensor
 from tqdm import tqdm
 
-from lsgm.files import RunFolder, json_text, open_log
-from lsgm.progress import has_terminal
+from lsgm.system.files import RunFolder, json_text, open_log
+from lsgm.system.progress import has_terminal
 from lsgm.training.distributed import World, all_mean
 
 __all__ = ["MeanMetrics", "RunLogger"]

@@ -17,14 +17,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lsgm.config import OptimConfig, TrainConfig
+from lsgm.config.training import OptimConfig, TrainConfig
 from lsgm.errors import MALFORMED, UserError, malformed
-from lsgm.files import RunFolder
+from lsgm.system.device import choose_device
+from lsgm.system.files import RunFolder
 from lsgm.training.checkpoint import Checkpoints
 from lsgm.training.distributed import World, on_main, wrap
 from lsgm.training.interrupt import StopNow, StopSignal, TrainingInterrupted, resume_command
 from lsgm.training.logging import MeanMetrics, RunLogger
-from lsgm.training.precision import choose_device, make_scaler
+from lsgm.training.precision import make_scaler
 from lsgm.training.state import Stage, TrainState
 from lsgm.training.step import Step, StepResult
 

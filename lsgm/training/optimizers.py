@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Adam, Adamax, AdamW, Optimizer
 
-from lsgm.config import OptimConfig
+from lsgm.config.training import OptimConfig
 from lsgm.errors import UserError
 
 __all__ = ["OPTIMIZERS", "make_optimizer"]

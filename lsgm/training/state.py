@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from lsgm.config import OptimConfig
+from lsgm.config.training import OptimConfig
 from lsgm.errors import UserError
 from lsgm.training.ema import EMA, make_average
 from lsgm.training.optimizers import make_optimizer

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lsgm.config import TrainConfig
+from lsgm.config.training import TrainConfig
 from lsgm.data.spec import LabelledImages, map_batch
 from lsgm.training.distributed import World, all_max
 from lsgm.training.interrupt import StopSignal

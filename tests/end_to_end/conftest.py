@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import LSGM_CONFIG, VAE_CONFIG, TinyRuns, call
 
-from lsgm.training import runs as training_runs
+from lsgm.training.runs import latent as training_runs
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from lsgm.configkeys import schema_keys
+from lsgm.config.keys import schema_keys
 
 __all__ = ["mutated_flags", "mutated_yaml"]
 

@@ -365,8 +365,8 @@ def test_outputs_are_checked_before_the_work(tiny, tmp_path, monkeypatch):
     def work(*arguments):
         pytest.fail("the work began")
 
-    monkeypatch.setattr("lsgm.sampling.iterate_samples", work)
-    monkeypatch.setattr("lsgm.evaluation.report.evaluate_run", work)
+    monkeypatch.setattr("lsgm.sampling.draw.iterate_samples", work)
+    monkeypatch.setattr("lsgm.evaluation.report.evaluate.evaluate_run", work)
     below, folder, long = tmp_path / "file" / "x.png", tmp_path / "f.png", f"{'x' * 300}.png"
     folder.mkdir()
     for out, reason in ((below, "in the way"), (folder, "a folder"), (long, "too long")):

@@ -16,13 +16,15 @@ from fuzz import mutated_flags, mutated_yaml
 from test_ncsn_pipeline import TINY as DATA_SPACE_CONFIG
 from tiny import LSGM_CONFIG, VAE_CONFIG, Outcome, TinyRuns, call
 
-from lsgm import files
-from lsgm.config import LSGMTrainConfig, VAETrainConfig
-from lsgm.config_data import NCSNTrainConfig
-from lsgm.options import EvaluateOptions, InpaintOptions, SampleOptions
-from lsgm.solver_choice import SOLVER_OPTIONS
+from lsgm.commands.edit import InpaintOptions
+from lsgm.commands.sample import SampleOptions
+from lsgm.config.training import LSGMTrainConfig, NCSNTrainConfig, VAETrainConfig
+from lsgm.evaluation.report.options import EvaluateOptions
+from lsgm.sampling.sampler import SOLVER_OPTIONS
 from lsgm.solvers import SOLVERS
-from lsgm.training import data_runs, runs
+from lsgm.system import files
+from lsgm.training.runs import images as data_runs
+from lsgm.training.runs import latent as runs
 
 SECONDS = 20
 """Longest that one case may take."""

@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from lsgm.config import ObjectiveConfig, PriorConfig, PriorNetworkConfig, SDEConfig, VAEConfig
+from lsgm.config.architecture import PriorConfig, PriorNetworkConfig, SDEConfig, VAEConfig
+from lsgm.config.training import ObjectiveConfig
 from lsgm.data import DataSpec, preprocess
-from lsgm.models import LSGM, VAEModel, build_prior, build_vae
+from lsgm.models.latent import LSGM, VAEModel, build_prior, build_vae
 from lsgm.times import make_proposal
-from lsgm.training.stages import LSGMStage, VAEStage
+from lsgm.training.stages.latent import LSGMStage, VAEStage
 from lsgm.training.state import StepContext
 from lsgm.weighting import make_weighting
 from vae.random import randn

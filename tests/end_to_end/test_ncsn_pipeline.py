@@ -9,13 +9,13 @@ from PIL import Image
 from tiny import call, checkpoint, log_lines, same
 
 import lsgm
-from lsgm.classifier import ImageClassifier
 from lsgm.data import build_datasets
-from lsgm.data_likelihood import ode_data_likelihood
-from lsgm.datasgm import DataSGM
 from lsgm.divergence import HutchinsonDivergence
-from lsgm.models import load_data_config
-from lsgm.training import data_runs
+from lsgm.evaluation.likelihood.images import ode_data_likelihood
+from lsgm.models.classifier import ImageClassifier
+from lsgm.models.images import DataSGM
+from lsgm.models.release import load_data_config
+from lsgm.training.runs import images as data_runs
 
 TINY = """
 data:

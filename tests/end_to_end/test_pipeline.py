@@ -12,8 +12,9 @@ from tiny import STEPS, call, checkpoint, log_lines, same
 
 import lsgm
 from lsgm.data import build_datasets
-from lsgm.evaluation.nll import evaluation_batches, nelbo
-from lsgm.models import LSGM, VAEModel, load_data_config
+from lsgm.evaluation.likelihood.bounds import evaluation_batches, nelbo
+from lsgm.models.latent import LSGM, VAEModel
+from lsgm.models.release import load_data_config
 
 EVALUATION = (
     "--metrics nelbo iw ode --limit 8 --k 3 --batch_size 8 --tolerance 1e-2 --device cpu "

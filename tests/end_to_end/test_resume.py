@@ -10,7 +10,7 @@ import signal
 import pytest
 from tiny import STEPS, STEPS_PER_EPOCH, ScriptProcess, assert_same_runs, call
 
-from lsgm.configio import load_run_config
+from lsgm.config.command_line import load_run_config
 
 
 @pytest.mark.parametrize(("stage", "step"), [("vae", 2), ("vae", STEPS_PER_EPOCH + 1), ("lsgm", 7)])

@@ -203,7 +203,7 @@ class ScriptProcess:
     ) -> None:
         self.log = log
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["lsgm.training.runs"])
+        context.set_forkserver_preload(["lsgm.training.runs.latent"])
         path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
         with mock.patch.dict(os.environ, {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}):
             forkserver.ensure_running()

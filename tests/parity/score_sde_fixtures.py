@@ -17,17 +17,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from lsgm.config import DataConfig, PriorNetworkConfig, SDEConfig
-from lsgm.config_data import (
+from lsgm.config.architecture import (
     LadderConfig,
-    NCSNTrainConfig,
+    PriorNetworkConfig,
     RefineNetConfig,
     SamplerConfig,
     ScoreModelConfig,
-    ScoreObjectiveConfig,
+    SDEConfig,
 )
-from lsgm.datasgm import DataSGM
+from lsgm.config.training import DataConfig, NCSNTrainConfig, ScoreObjectiveConfig
 from lsgm.importers.score_sde import load_score_sde, read_score_sde
+from lsgm.models.images import DataSGM
 from lsgm.networks.ncsn import DEPTHS
 
 PREDICTORS = {"ancestral_sampling": "ancestral"}

@@ -518,7 +518,7 @@ def test_power_iteration(parts: Arrays) -> None:
 def test_adamax_with_average(parts: Arrays) -> None:
     optimizers = pytest.importorskip("lsgm.training.optimizers")
     averages = pytest.importorskip("lsgm.training.ema")
-    config = pytest.importorskip("lsgm.config").OptimConfig
+    config = pytest.importorskip("lsgm.config.training").OptimConfig
     model = torch.nn.ParameterList([parts[f"opt.p0_{i}"].clone() for i in range(3)])
     optimizer = optimizers.make_optimizer(
         model.parameters(),

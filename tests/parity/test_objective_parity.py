@@ -24,8 +24,8 @@ from test_iw_parity import published_factor
 from torch import Tensor
 
 import vae.random
-from lsgm.config import LSGMTrainConfig
-from lsgm.configio import load_run_config
+from lsgm.config.command_line import load_run_config
+from lsgm.config.training import LSGMTrainConfig
 from lsgm.importers.official import (
     load_official_regularizer,
     load_official_vae,
@@ -39,11 +39,12 @@ from lsgm.importers.official_prior import (
     published_modules,
 )
 from lsgm.importers.runs import import_official_lsgm
-from lsgm.models import LSGM, load
+from lsgm.models.latent import LSGM
+from lsgm.models.loading import load
 from lsgm.objectives import PriorLosses, prior_losses
 from lsgm.sde import VESDE, LinearSDE, SubVPSDE
 from lsgm.times import TimeProposal, TimeSample, make_proposal
-from lsgm.training.stages import LSGMStage, score_convolutions
+from lsgm.training.stages.latent import LSGMStage, score_convolutions
 from lsgm.training.state import StepContext
 from lsgm.weighting import make_weighting
 from vae.objective import kl_balance_alpha, standard_normal_log_prob

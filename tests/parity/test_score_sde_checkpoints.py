@@ -17,18 +17,19 @@ from torch import Tensor
 
 import lsgm
 import lsgm.sde
-from lsgm.config_data import ScoreObjectiveConfig
-from lsgm.configio import save_config
-from lsgm.datasgm import DataScore, DataSGM
+from lsgm.config.command_line import save_config
+from lsgm.config.training import ScoreObjectiveConfig
 from lsgm.divergence import HutchinsonDivergence
 from lsgm.importers.score_sde import import_score_sde
 from lsgm.likelihood import ode_log_density
+from lsgm.models.images import DataSGM
+from lsgm.networks.data_score import DataScore
 from lsgm.objectives import denoising_score_matching
 from lsgm.solvers import DiscretePredictorCorrector, base, make_solver
 from lsgm.solvers.base import Problem, probability_flow_velocity
 from lsgm.solvers.discrete import table_at
 from lsgm.tensors import expand_like, sum_except_batch
-from lsgm.training.score_stage import ScoreStage
+from lsgm.training.stages.score import ScoreStage
 from lsgm.weighting import make_weighting
 
 

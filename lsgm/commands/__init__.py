@@ -1,0 +1,1 @@
+"""The commands behind ``scripts/`` and the console program ``lsgm``."""

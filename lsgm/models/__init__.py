@@ -1,0 +1,1 @@
+"""The models, and opening and saving their run folders."""

@@ -1,0 +1,1 @@
+"""Drawing from models: samplers, codes and editing."""

@@ -1,0 +1,1 @@
+"""Files, devices and pictures: what every part of the library stands on."""

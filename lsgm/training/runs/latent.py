@@ -1,0 +1,272 @@
+"""Whole training runs: from a configuration to a run folder that :func:`lsgm.load` opens."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+import torch
+from lsgm.config.training import (LSGMTrainConfig, VAETrainConfig)
+from lsgm.config.architecture import (PriorConfig)
+from lsgm.data import Batches, Datasets, fitting_batch_size, preprocess
+from lsgm.errors import UserError
+from lsgm.system.curves import (learning_curves, read_metrics)
+from lsgm.system.files import (RunFolder)
+from lsgm.models.latent import (LSGM, VAEModel, build_prior, build_vae)
+from lsgm.models.loading import (build_described, load)
+from lsgm.models.release import (save)
+from lsgm.sde import largest_squared_distance
+from lsgm.training.distributed import distributed
+from lsgm.training.evaluation import evaluate_vae
+from lsgm.training.runs.launch import (OpenRun, fit_run, open_run)
+from lsgm.training.loop import EvalContext
+from lsgm.training.runs.resume import (Resume)
+from lsgm.training.stages.latent import (LSGMStage, VAEStage)
+from lsgm.training.state import Stage, TrainState
+from vae.objective import active_channels, kl_per_channel
+
+__all__ = [
+    "train_lsgm",
+    "train_vae",
+]
+
+MAX_SCAN_BATCHES = 1001
+"""Training batches that the search for inactive latent channels reads at most."""
+
+
+def train_vae(config: VAETrainConfig, out: str | None = None, *, resume: Resume = False) -> Path:
+    """Train the first stage into the folder ``out`` (default ``runs/NAME``) and return it.
+
+    Raises:
+        UserError: The configuration does not fit the data, or the folder holds another run.
+    """
+    with (
+        distributed(config.train.device, config.train.timeout_minutes) as world,
+        open_run(config, config.data, out, resume, world) as run,
+    ):
+        if not run.plan.finished:
+            torch.manual_seed(config.train.seed)
+            spec = run.datasets.spec
+            model = VAEModel(build_vae(config.vae, spec), spec, config.vae)
+            stage = VAEStage(model, config.objective)
+            _fit(stage, model, config, {"vae": config.optim_vae}, run)
+    return run.folder.path
+
+
+def train_lsgm(config: LSGMTrainConfig, out: str | None = None, *, resume: Resume = False) -> Path:
+    """Train the second stage into ``out`` (default ``runs/NAME``) and return the folder: over the
+    VAE of ``config.vae_run``, or from the LSGM of ``config.lsgm_run`` on. A resume needs neither.
+
+    Raises:
+        UserError: There is no finished run to start from, it does not fit the data or the
+            configuration, or the folder holds another run.
+    """
+    if config.data is None or (config.vae_run or config.lsgm_run) is None:
+        raise UserError("--vae: give the folder of a finished VAE run, for example --vae runs/vae")
+    with (
+        distributed(config.train.device, config.train.timeout_minutes) as world,
+        open_run(config, config.data, out, resume, world) as run,
+    ):
+        if not run.plan.finished:
+            described = run.begun_with()
+            if described is None:
+                model = _begin(config, run.datasets)
+            else:
+                model = _begun(described, config, run.folder)
+            stage = LSGMStage(model, config.objective, model.prior_config)
+            optims = {"prior": config.optim_prior}
+            if stage.trains_vae:
+                optims["vae"] = config.optim_vae
+            _fit(stage, model, config, optims, run)
+    return run.folder.path
+
+
+def _begin(config: LSGMTrainConfig, datasets: Datasets) -> LSGM:
+    """The model before its first step."""
+    first = _first_stage(config)
+    if not _same_images(first, datasets):
+        source = config.lsgm_run or config.vae_run
+        raise UserError(f"{source}: it is not a model of {datasets.spec.name} images of this size")
+    torch.manual_seed(config.train.seed)
+    if config.lsgm_run is not None:
+        return _continued(first, config)
+    return _with_new_prior(first, config, datasets)
+
+
+def _begun(description: dict[str, Any], config: LSGMTrainConfig, run: RunFolder) -> LSGM:
+    """The model of a run to go on with, as it was built; its weights are in the checkpoint."""
+    model = build_described(description, run.start)
+    if not isinstance(model, LSGM):
+        raise UserError(f"{run.start}: it describes no LSGM")
+    prior = replace(config.prior, sde=model.prior_config.sde)
+    return LSGM(model.vae, model.score, model.spec, model.vae_config, prior)
+
+
+def _first_stage(config: LSGMTrainConfig) -> VAEModel:
+    """The model that the second stage starts from."""
+    first: Any = load(config.lsgm_run or config.vae_run or "")
+    if config.lsgm_run is not None:
+        if not isinstance(first, LSGM):
+            raise UserError(f"--lsgm: {config.lsgm_run} is not the run of an LSGM")
+        _check_prior(first, config)
+    elif not isinstance(first, VAEModel):
+        raise UserError(f"--vae: {config.vae_run} is not the run of a VAE")
+    elif isinstance(first, LSGM) and config.prior.training != "frozen":
+        raise UserError(
+            f"--vae: {config.vae_run} is the run of an LSGM, not of a VAE: give it as --lsgm to go "
+            "on from it; only a frozen VAE (prior.training frozen) is taken from one"
+        )
+    return first
+
+
+def _check_prior(first: LSGM, config: LSGMTrainConfig) -> None:
+    """The prior of the run and of the configuration are one network for one diffusion."""
+    own = first.prior_config
+    if own.sde.kind == "vesde":  # its range was fitted to the latents
+        own = replace(own, sde=replace(own.sde, sigma2_max=config.prior.sde.sigma2_max))
+    for name in ("network", "sde", "mixed", "predict", "drop_inactive", "inactive_mask"):
+        if getattr(config.prior, name) != getattr(own, name):
+            raise UserError(
+                f"prior.{name}: not that of the run that --lsgm {config.lsgm_run} names"
+            )
+    if config.add_context_blocks and first.vae.context is None:
+        raise UserError(f"add_context_blocks: {config.lsgm_run} has a decoder without a context")
+
+
+def _with_new_prior(first: VAEModel, config: LSGMTrainConfig, datasets: Datasets) -> LSGM:
+    """The trained VAE and an untrained prior."""
+    prior = _fit_sde(config.prior, first, datasets, config.train.batch_size)
+    score = build_prior(prior, first.vae)
+    model = LSGM(first.vae, score, datasets.spec, first.vae_config, prior)
+    if prior.drop_inactive:
+        score.deactivate(_inactive_channels(model, datasets, config.train.batch_size))
+    return model
+
+
+def _continued(first: VAEModel, config: LSGMTrainConfig) -> LSGM:
+    """A trained LSGM, its decoder's context deepened as the configuration asks."""
+    assert isinstance(first, LSGM)
+    vae_config = first.vae_config
+    if config.add_context_blocks:
+        assert first.vae.context is not None
+        first.vae.context.deepen(config.add_context_blocks)
+        blocks = vae_config.context_blocks + config.add_context_blocks
+        vae_config = replace(vae_config, context_blocks=blocks)
+    prior = replace(config.prior, sde=first.prior_config.sde)
+    return LSGM(first.vae, first.score, first.spec, vae_config, prior)
+
+
+def _same_images(model: VAEModel, datasets: Datasets) -> bool:
+    a, b = model.spec, datasets.spec
+    return (a.channels, a.image_size, a.padding, a.binary) == (
+        b.channels,
+        b.image_size,
+        b.padding,
+        b.binary,
+    )
+
+
+def _fit(
+    stage: Stage,
+    model: VAEModel,
+    config: VAETrainConfig | LSGMTrainConfig,
+    optims: Mapping[str, Any],
+    run: OpenRun,
+) -> None:
+    data, datasets = run.data, run.datasets
+
+    def evaluate(context: EvalContext) -> Mapping[str, float | None]:
+        averaged = with_weights(model, context.models)
+        return evaluate_vae(averaged, datasets, data, context)
+
+    def release(state: TrainState, notes: dict[str, Any]) -> None:
+        averaged = _unmasked(with_weights(model, state.evaluation_models()))
+        save(averaged, run.folder.path, data, notes)
+
+    def draw_curves(folder: RunFolder) -> None:
+        lines = {folder.path.name: read_metrics(folder.metrics)}
+        num_dims = None if model.spec.binary else model.spec.num_dims
+        learning_curves(lines, folder.path / "curves.png", num_dims=num_dims)
+
+    fit_run(
+        stage,
+        model,
+        config,
+        optims,
+        run,
+        evaluate=evaluate,
+        release=release,
+        draw_curves=draw_curves,
+    )
+
+
+def with_weights(model: VAEModel, sides: Mapping[str, torch.nn.Module]) -> VAEModel:
+    """The model with other weights (their running average) for the sides that have been trained."""
+    vae = sides.get("vae", model.vae)
+    if isinstance(model, LSGM):
+        averaged: VAEModel = LSGM(
+            vae, sides["prior"], model.spec, model.vae_config, model.prior_config
+        )
+    else:
+        averaged = VAEModel(vae, model.spec, model.vae_config)
+    return averaged.eval()
+
+
+def _unmasked(model: VAEModel) -> VAEModel:
+    """The model as it is released: without the mask of the inactive channels if that is for
+    training only, as in published checkpoints, which do not hold it.
+    """
+    if not isinstance(model, LSGM) or model.prior_config.inactive_mask == "kept":
+        return model
+    score = copy.deepcopy(model.score)
+    score.channel_mask.fill_(1.0)
+    return LSGM(model.vae, score, model.spec, model.vae_config, model.prior_config)
+
+
+@torch.no_grad()
+def _inactive_channels(model: LSGM, datasets: Datasets, batch_size: int) -> torch.Tensor:
+    """Channels of the coarsest scale whose KL to N(0, 1), averaged over training images, is at most
+    0.1 nats; ``(C,)`` bool.
+    """
+    model.eval()
+    augmented = model.prior_config.inactive_mask == "training"  # as in training, as published
+    rng = torch.Generator().manual_seed(0)
+    size = fitting_batch_size(batch_size, len(datasets.train))
+    batches = Batches(datasets.train, size, train=True)
+    total = torch.zeros(model.vae.top_shape[0], dtype=torch.float64)
+    count = 0
+    for _, images in batches.epoch():
+        x = preprocess(images, model.spec, model.vae_config.num_x_bits, rng, train=augmented)
+        posterior = model.vae.encode(x, rng=rng)
+        total += kl_per_channel(posterior)[: model.vae.num_groups_per_scale].flatten().double()
+        count += 1
+        if count == MAX_SCAN_BATCHES:
+            break
+    return ~active_channels(total / count)
+
+
+@torch.no_grad()
+def _fit_sde(
+    prior: PriorConfig, model: VAEModel, datasets: Datasets, batch_size: int
+) -> PriorConfig:
+    """For the VESDE, set ``sigma2_max`` to the largest squared distance between encodings
+    (2011.13456, App. C); else no change.
+    """
+    if prior.sde.kind != "vesde":
+        return prior
+    rng = torch.Generator().manual_seed(0)
+    size = fitting_batch_size(batch_size, len(datasets.train))
+    batches = Batches(datasets.train, size, train=True)
+    latents = (
+        model.vae.concat_top(
+            model.vae.encode(
+                preprocess(images, model.spec, model.vae_config.num_x_bits, rng), rng=rng
+            ).eps
+        )
+        for _, images in batches.epoch()
+    )
+    return replace(
+        prior, sde=replace(prior.sde, sigma2_max=float(largest_squared_distance(latents)))
+    )

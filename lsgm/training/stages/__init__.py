@@ -1,0 +1,1 @@
+"""Training losses as modules, one a kind of model."""

@@ -1,0 +1,111 @@
+"""Training of a score model in data space, NCSN's and score-SDE's alike.
+
+Both are the weighted squared error of the noise (:func:`lsgm.score_matching.score_loss`); they
+differ in the times: a list of noise levels, or a density on [t_min, 1].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lsgm.config.training import ScoreObjectiveConfig
+from lsgm.data.spec import LabelledImages
+from lsgm.discrete_noise import BetaTable
+from lsgm.errors import UserError
+from lsgm.models.images import DataSGM
+from lsgm.noise_ladder import LadderTimes
+from lsgm.score import EpsFn
+from lsgm.score_matching import ScoreLoss, score_loss
+from lsgm.times import TimeProposal, make_proposal, weighted_times
+from lsgm.training.state import Stage, StepContext, StepOutput
+from lsgm.weighting import make_weighting
+from vae.random import Rng, rand
+
+__all__ = [
+    "ScoreStage",
+]
+
+
+class ScoreStage(Stage):
+    """Denoising or sliced score matching of images (1907.05600, eq. 6; 2011.13456, eq. 7).
+
+    Args:
+        model: The model; its ``score`` is trained.
+        objective: Estimator, weighting, times and the fraction of hidden classes.
+
+    Raises:
+        UserError: The weighting or the times do not fit the SDE.
+    """
+
+    def __init__(self, model: DataSGM, objective: ScoreObjectiveConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        try:
+            self.weighting = make_weighting(
+                "unweighted" if model.levels is not None else objective.weighting
+            )
+            # DDPM's own kernel, of which the SDE's is the limit
+            levels = model.levels
+            self.kernel = levels if isinstance(levels, BetaTable) else model.sde
+            self.proposal: TimeProposal
+            if model.levels is not None:
+                self.proposal = LadderTimes(model.levels)
+            elif objective.proposal == "weighted":
+                self.proposal = weighted_times(model.sde, self.weighting)
+            else:
+                self.proposal = make_proposal(objective.proposal, model.sde, self.weighting)
+        except ValueError as error:
+            raise UserError(f"objective: {error}") from error
+
+    @property
+    def scale(self) -> float:
+        """Factor on the sum over an image's values that ``objective.reduction`` asks for."""
+        factors = {"mean": 1 / self.model.spec.num_dims, "sum": 1.0, "half_sum": 0.5}
+        return factors[self.objective.reduction]
+
+    def trainables(self) -> dict[str, nn.Module]:
+        return {"score": self.model.score}
+
+    def forward(self, images: Tensor | LabelledImages, context: StepContext) -> StepOutput:
+        """``images`` ``(B, C, R, R)`` in [0, 1], with labels for a class-conditional model; the
+        loss has the scale of ``objective.reduction``, the logged one is the mean over values.
+        """
+        pixels, rng = self.model.pixels, context.rng
+        x, labels = images if isinstance(images, LabelledImages) else (images, None)
+        x = pixels.to_network(pixels.augment(x, rng), rng, noise=True)
+        result = self.loss(x, self.hide(labels, rng), rng)
+        size = self.model.spec.num_dims
+        # the mean is logged in the loss's place, so that runs of any reduction compare
+        metrics = {"error": result.error.mean() / size, "loss": result.loss.detach() / size}
+        return StepOutput(loss=self.scale * result.loss, metrics=metrics)
+
+    def hide(self, labels: Tensor | None, rng: Rng = None) -> Tensor | None:
+        """Replace a fraction ``label_dropout`` of ``labels (B,)`` by the class of no class."""
+        if labels is None or self.model.num_classes is None:
+            return None
+        hidden = rand(labels.shape, rng, device=labels.device) < self.objective.label_dropout
+        return torch.where(hidden, self.model.num_classes, labels)
+
+    def loss(self, x: Tensor, labels: Tensor | None, rng: Rng = None) -> ScoreLoss:
+        """The objective of ``x (B, C, H, W)``, as the diffusion sees images, summed over an
+        image's values.
+        """
+        score, objective = self.model.score, self.objective
+
+        def with_labels(x_t: Tensor, t: Tensor) -> Tensor:
+            return score(x_t, t, labels)
+
+        eps_fn: EpsFn = score if labels is None else with_labels
+        return score_loss(
+            self.kernel,
+            eps_fn,
+            x,
+            weighting=self.weighting,
+            proposal=self.proposal,
+            estimator=objective.estimator,
+            num_projections=objective.projections,
+            stratified=objective.stratified_times,
+            rng=rng,
+        )
