@@ -41,7 +41,6 @@ setup(
         "torchdiffeq",
         "tensorboardX",
         "omegaconf>=2.4",
-        "tyro>=1.0",
         "pyyaml",
         "tqdm",
         "matplotlib",
