@@ -341,15 +341,15 @@ def draw_figure(rows: Sequence[NoiseRow], path: Path) -> None:
     plt.close(figure)
 
 
-def variance_command(argv: Sequence[str]) -> None:
-    """``benchmark.py variance [--run RUN] [--images N] [--repeats N] [--sdes KIND ...]
+def variance_command(argv: Sequence[str], prog: str = "variance") -> None:
+    """``benchmark variance [--run RUN] [--images N] [--repeats N] [--sdes KIND ...]
     [--out FOLDER] ...``.
     """
     options = parse_command_line(
         VarianceOptions,
         argv,
         extra=(),
-        prog="benchmark.py variance",
+        prog=prog,
         description=VarianceOptions.__doc__,
     ).config
     folder = Path(options.out or (Path(options.run) / "variance" if options.run else "variance"))

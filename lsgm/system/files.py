@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
 from lsgm.errors import UserError
 from lsgm.system.integrity import sealed_sha256
 from lsgm.system.locks import is_abandoned, make_folder, mark_in_use
@@ -207,9 +205,11 @@ def _non_finite(value: Any, name: str = "") -> Iterator[str]:
 
 
 def atomic_save(
-    path: str | Path, value: object, save: Callable[[object, Any], None] = torch.save
+    path: str | Path, value: object, save: Callable[[object, Any], object] | None = None
 ) -> None:
     """Write `value` by ``save(value, file)`` (default ``torch.save``); see :func:`atomic_write`."""
+    if save is None:
+        from torch import save  # late, so that command lines are read without PyTorch
     with atomic_write(path) as file:
         writer = _ErrorKeeper(file)
         try:
