@@ -18,7 +18,7 @@ EXTRAS = {
     "data": ["pillow>=10.1", "scikit-learn", "scipy", "torchvision"],
     "demo": ["gradio"],
     "test": ["pytest", "torch-fidelity>=0.4"],
-    "dev": ["pytest", "ruff==0.17.6", "mypy", "pre-commit"],
+    "dev": ["pytest", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "types-tqdm", "pre-commit"],
 }
 
 setup(
@@ -30,7 +30,11 @@ setup(
     author="The LSGM developers",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["lsgm", "lsgm.*", "vae", "vae.*"]),
+    packages=[*find_packages(include=["lsgm", "lsgm.*", "vae", "vae.*"]), "lsgm.configs"],
+    # The configurations stay at the top of the repository, where one reads and copies them.
+    package_dir={"lsgm.configs": "configs"},
+    package_data={"lsgm": ["py.typed"], "vae": ["py.typed"], "lsgm.configs": ["*/*.yaml"]},
+    entry_points={"console_scripts": ["lsgm = lsgm.commands.main:main"]},
     # NVIDIA apex (config: impl apex) is optional and built from its own source: the package of
     # that name on PyPI is unrelated, so no extra may ask for it.
     install_requires=[
