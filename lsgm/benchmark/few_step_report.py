@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lsgm.benchmark.few_step_runner import FewStepResult, Measurement
 from lsgm.system.files import atomic_write, atomic_write_json, atomic_write_text
-
-if TYPE_CHECKING:
-    from lsgm.benchmark.few_step import FewStepResult, Measurement
 
 __all__ = ["best", "comparison", "markdown", "write_report"]
 
