@@ -8,6 +8,14 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "lsgm/__init__.py").read_text(), re.M)[1]
 
+# Pinned, so that a new release finds nothing new in an old commit.
+LINT = [
+    "ruff==0.17.6",
+    "mypy==2.4.1",
+    "types-PyYAML==6.0.12.20261113",
+    "types-tqdm==4.70.0.20261106",
+]
+
 EXTRAS = {
     "benchmark": ["diffusers"],
     "metrics": [
@@ -18,7 +26,8 @@ EXTRAS = {
     "data": ["pillow>=10.1", "scikit-learn", "scipy", "torchvision"],
     "demo": ["gradio"],
     "test": ["pytest", "torch-fidelity>=0.4"],
-    "dev": ["pytest", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "types-tqdm", "pre-commit"],
+    "lint": LINT,
+    "dev": ["pytest", "pre-commit", *LINT],
 }
 
 setup(

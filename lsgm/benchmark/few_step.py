@@ -209,9 +209,10 @@ def few_step_command(argv: Sequence[str], prog: str = "few-step") -> None:
     if options.run is None:
         case = mixture_case(options.samples, options.pilots, options.t_end)
     else:
+        folder = Path(options.run)
         options = replace(options, tolerance=max(options.tolerance, 1e-6))
         case = run_case(
-            Path(options.run),
+            folder,
             options.samples,
             options.pilots,
             options.t_end,

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +113,7 @@ def phases(
     optims = {"vae": config.optim_vae, "prior": config.optim_prior}
     prior = {"prior": config.optim_prior}
 
-    def second(training: str, model: LSGM) -> LSGMStage:
+    def second(training: Literal["joint", "disjoint", "frozen"], model: LSGM) -> LSGMStage:
         return LSGMStage(model, config.objective, replace(config.prior, training=training))
 
     def first_stage() -> Phase:

@@ -111,13 +111,16 @@ def load_run_config(run: str | Path) -> RunConfig:
     """
     path = Path(run) / CONFIG_FILE
     keys = read_layer(path)
-    schemas = {"score": NCSNTrainConfig, "prior": LSGMTrainConfig}
-    schema = next((schemas[key] for key in schemas if key in keys), VAETrainConfig)
-    return lay_over(schema, keys, f"{path}: ", RETIRED_KEYS)
+    schema: type[RunConfig] = VAETrainConfig
+    if "score" in keys:
+        schema = NCSNTrainConfig
+    elif "prior" in keys:
+        schema = LSGMTrainConfig
+    return lay_over(schema, None, keys, f"{path}: ", RETIRED_KEYS)
 
 
 def _read(config_class: type[T], path: Path) -> T:
-    return lay_over(config_class, read_layer(path), f"{path}: ", RETIRED_KEYS)
+    return lay_over(config_class, None, read_layer(path), f"{path}: ", RETIRED_KEYS)
 
 
 def save_config(config: Any, path: str | Path) -> None:

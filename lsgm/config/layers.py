@@ -67,12 +67,17 @@ def _mentions_environment(value: Any) -> bool:
 
 
 def lay_over(
-    base: T | type[T], keys: DictConfig, place: str, retired: frozenset[str] = frozenset()
+    schema: type[T],
+    base: T | None,
+    keys: DictConfig,
+    place: str,
+    retired: frozenset[str] = frozenset(),
 ) -> T:
     """Return a configuration with the values of ``keys`` over those of ``base``.
 
     Args:
-        base: A configuration, or a schema, which stands for its defaults.
+        schema: Its class.
+        base: A configuration. None: the defaults of the schema.
         keys: As from :func:`read_layer`; retired keys are taken out of it.
         place: What stands before a key in a message: ``"FILE: "``, or ``"--"``.
         retired: Keys that are read and forgotten.
@@ -80,8 +85,8 @@ def lay_over(
     Raises:
         UserError: For an unknown key, or a value that does not fit or that its section refuses.
     """
-    schema = OmegaConf.structured(base)
-    valid = schema_keys(base if isinstance(base, type) else type(base))
+    below = OmegaConf.structured(schema if base is None else base)
+    valid = schema_keys(schema)
     for key in list(_leaves(keys)):
         if key in retired:
             section, _, name = key.rpartition(".")
@@ -89,7 +94,7 @@ def lay_over(
         elif key not in valid and not any(name.startswith(f"{key}.") for name in valid):
             raise UserError(f"{place}unknown key {key}{suggestion(key, valid)}")
     try:
-        merged = typing.cast(DictConfig, OmegaConf.merge(schema, keys))
+        merged = typing.cast(DictConfig, OmegaConf.merge(below, keys))
         with _naming_sections(merged, place):
             config = typing.cast(T, OmegaConf.to_object(merged))
             check_values(config)
@@ -97,7 +102,7 @@ def lay_over(
     except OmegaConfBaseException as error:
         for key in _leaves(keys):  # OmegaConf does not always name the key: find it
             value = OmegaConf.select(keys, key)
-            if not take_value(schema, key, value):
+            if not take_value(below, key, value):
                 raise UserError(f"{place}{misfit(key, value, valid)}") from error
         raise UserError(f"{place}{_one_line(error)}") from error
 

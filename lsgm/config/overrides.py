@@ -143,7 +143,7 @@ def apply_overrides(config: T, overrides: dict[str, list[str]]) -> T:
         values[key] = _value(valid[key], words)
         if not take_value(schema, key, values[key]):
             raise UserError(f"--{misfit(key, ' '.join(words), valid)}")
-    return lay_over(config, nested(values), "--")
+    return lay_over(type(config), config, nested(values), "--")
 
 
 def _takes_nothing(hint: Any) -> bool:

@@ -127,9 +127,9 @@ def choose_config(
         return Choice(_load(packaged[PUBLISHED[folders]]), PUBLISHED[folders], said)
     facts = network_facts(state)
     fitting = {
-        published: config
+        published: one
         for published, name in PUBLISHED.items()
-        if (config := _fitting(packaged[name], facts, fits)) is not None
+        if (one := _fitting(packaged[name], facts, fits)) is not None
     }
     distinct: dict[str, NCSNTrainConfig] = {}
     for published, config in fitting.items():

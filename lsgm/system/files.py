@@ -208,12 +208,13 @@ def atomic_save(
     path: str | Path, value: object, save: Callable[[object, Any], object] | None = None
 ) -> None:
     """Write `value` by ``save(value, file)`` (default ``torch.save``); see :func:`atomic_write`."""
-    if save is None:
-        from torch import save  # late, so that command lines are read without PyTorch
+    import torch  # late, so that command lines are read without PyTorch
+
+    write: Callable[[object, Any], object] = torch.save if save is None else save
     with atomic_write(path) as file:
         writer = _ErrorKeeper(file)
         try:
-            save(value, writer)
+            write(value, writer)
         except Exception:
             # torch's writer turns an OSError of the file into a RuntimeError about positions.
             if writer.error is not None:

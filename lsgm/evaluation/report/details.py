@@ -106,7 +106,8 @@ def examine(
     Raises:
         UserError: The extractor or the sampler of ``options`` is not available.
     """
-    decomposition, curves = None, ()
+    decomposition: Decomposition | None = None
+    curves: tuple[BoundCurve, ...] = ()
     if isinstance(model, VAEModel):
         dataset = datasets.test if options.split == "test" else datasets.train
 
