@@ -21,6 +21,8 @@ from lsgm.config import DataConfig, VAEConfig, VAETrainConfig
 from lsgm.configio import load_run_config, save_config
 from lsgm.data.spec import DataSpec
 from lsgm.errors import UserError
+from lsgm.evaluation.figures import read_metrics
+from lsgm.files import log_line, open_log
 from lsgm.integrity import file_sha256, seal
 from lsgm.models import VAEModel, build_vae, save
 from lsgm.release import load_data_config
@@ -302,3 +304,31 @@ def test_a_change_of_ones_own_is_allowed_without_the_seal(run):
     del moved["sha256"]
     (run / DESCRIPTION).write_text(json.dumps(moved))
     assert load_data_config(run) == replace(DataConfig(), root="/elsewhere")
+
+
+def test_a_damaged_log_has_fewer_lines_and_no_other_numbers(tmp_path):
+    """200 flips and 200 truncations: the reader and a resumed run drop what is not as written."""
+    path = tmp_path / "metrics.jsonl"
+    written = [
+        {"phase": "train", "step": k, "nelbo": 100 / (k + 1), "lr/vae": 1e-3} for k in range(9)
+    ]
+    whole = b"".join(log_line(record) for record in written)
+    path.write_bytes(whole)
+    assert read_metrics(path) == written
+    for damaged in damages(whole):
+        path.write_bytes(damaged)
+        kept = read_metrics(path)
+        assert len(kept) >= len(damaged) * len(written) // len(whole) - 2
+        assert all(record in written for record in map(_without_extra, kept))
+        said: list[str] = []
+        with open_log(path, len(damaged), said.append):
+            pass
+        assert read_metrics(path) == kept
+        assert all("damaged line" in line for line in said)
+
+
+def _without_extra(record: dict[str, Any]) -> dict[str, Any]:
+    """A flip in the name ``crc32`` leaves a record whose numbers are right."""
+    return {
+        key: value for key, value in record.items() if key in ("phase", "step", "nelbo", "lr/vae")
+    }

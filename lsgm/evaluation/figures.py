@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lsgm.data.torchvision import import_torchvision
-from lsgm.files import atomic_write
+from lsgm.files import atomic_write, read_log_line
 
 __all__ = [
     "Series",
@@ -57,12 +56,11 @@ def save_grid(grid: Tensor, path: Path, scale: int = 2) -> None:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a ``metrics.jsonl``, without damaged ones; none if it is missing."""
-    lines = []
+    lines: list[bytes] = []
     with contextlib.suppress(FileNotFoundError):
-        for line in path.read_bytes().splitlines():
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(line))
-    return [line for line in lines if isinstance(line, dict) and "phase" in line]
+        lines = path.read_bytes().splitlines(keepends=True)
+    records = map(read_log_line, lines)
+    return [record for record in records if record is not None and "phase" in record]
 
 
 def learning_curves(
