@@ -103,8 +103,15 @@ class ScoreModelConfig:
     """Pixels as the diffusion sees them: unit is [0, 1], symmetric is [-1, 1]."""
     dequantise: bool = True
     """Diffuse (255 x + u) / 256 with u uniform in [0, 1): 8-bit images as a density."""
-    condition: Literal["time", "log_sigma"] = "time"
-    """network ncsnpp: conditioned on the time in [0, 1], or on ln(sigma / m) / 4."""
+    condition: Literal["time", "log_sigma", "ln_sigma", "index"] = "time"
+    """network ncsnpp: conditioned on the time in [0, 1]; on ln(sigma / m) / 4; on ln(sigma), as
+    published for variance-exploding models; or, with discrete_levels, on the level's number, as
+    published: vpsde (N - 1) t, vesde the nearest whole number from the largest level."""
+    discrete_levels: int | None = None
+    """score_sde with vpsde or vesde: train at this many noise levels only, those of DDPM
+    (2006.11239) or a geometric sequence. None: in continuous time."""
+    centre_input: bool = False
+    """The network sees 2 x - 1: for data_range unit, as published for variance-exploding models."""
     data_std: float = 0.5
     """Standard deviation of the data that the scaling of the network's input assumes (0: off)."""
     class_conditional: bool = False
@@ -115,6 +122,25 @@ class ScoreModelConfig:
         require(
             not self.fit_sigma_max or self.sde.kind == "vesde",
             f"fit_sigma_max: needs sde.kind vesde, not {self.sde.kind}",
+        )
+        require(
+            self.discrete_levels is None
+            or (self.discrete_levels >= 2 and self.sde.kind in ("vpsde", "vesde")),
+            "discrete_levels: needs at least two levels of a vpsde or vesde, not "
+            f"{self.discrete_levels} of {self.sde.kind}",
+        )
+        require(
+            self.condition != "index" or self.discrete_levels is not None,
+            "condition: index needs discrete_levels",
+        )
+        require(
+            self.condition != "ln_sigma" or self.sde.kind == "vesde",
+            f"condition: ln_sigma needs sde.kind vesde, not {self.sde.kind}",
+        )
+        require(
+            not self.centre_input
+            or (self.data_range == "unit" and (self.network == "refinenet" or self.data_std == 0)),
+            "centre_input: needs data_range unit, and data_std 0 with network ncsnpp",
         )
         require(
             not self.class_conditional or self.network == "ncsnpp",
@@ -170,6 +196,11 @@ class SamplerConfig:
     step_ratio: float | None = 0.2
     """langevin: step size over sigma^2 (epsilon / sigma_L^2 of 1907.05600). None: the one whose
     variance is nearest to the right one (2006.09011, technique 4)."""
+    predictor: str | None = None
+    """discrete_pc, predictor_corrector: reverse_diffusion, euler_maruyama, ancestral, or none for
+    the corrector alone. None: the solver's own."""
+    corrector_steps: int | None = None
+    """discrete_pc, predictor_corrector: Langevin steps at each time. None: the solver's own."""
     snr: float = 0.16
     """predictor_corrector: signal-to-noise ratio of the corrector's step."""
     norm: Literal["image", "batch", "expected"] = "image"
@@ -184,6 +215,15 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "nfe step_ratio snr")
+        known = ("reverse_diffusion", "euler_maruyama", "ancestral", "none")
+        require(
+            self.predictor is None or self.predictor in known,
+            f"predictor: must be one of {', '.join(known)}, not {self.predictor}",
+        )
+        require(
+            self.corrector_steps is None or self.corrector_steps >= 0,
+            f"corrector_steps: must not be negative, not {self.corrector_steps}",
+        )
         require(
             self.norm in ("image", "batch", "expected"),
             f"norm: must be image, batch or expected, not {self.norm}",

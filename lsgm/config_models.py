@@ -125,12 +125,19 @@ class PriorNetworkConfig:
     """Feature-map sides, in pixels, that get self-attention."""
     middle_attention: bool = True
     """Self-attention in the middle of the network."""
+    block: Literal["biggan", "ddpm"] = "biggan"
+    """biggan: residual blocks change the resolution; ddpm: convolutions between them do
+    (2006.11239)."""
+    rescale: bool = True
+    """Divide the sum of every block by sqrt(2). DDPM: false."""
+    norm_groups: int | None = None
+    """Groups of every normalisation, DDPM: 32. None: a quarter of the width, at most 32."""
 
     def __post_init__(self) -> None:
         require_positive(
             self,
             "num_channels num_scales num_cells_per_scale embedding_dim embedding_width "
-            "embedding_scale",
+            "embedding_scale norm_groups",
         )
         require(0.0 <= self.dropout < 1.0, f"dropout: must lie in [0, 1), not {self.dropout}")
         mult = self.channel_mult

@@ -8,6 +8,7 @@ linear SDE: NCSN's geometric noise levels lie evenly in the time of a variance-e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,12 +26,13 @@ from lsgm.config_data import (
 )
 from lsgm.data.pixels import Pixels
 from lsgm.data.spec import DataSpec
+from lsgm.discrete_noise import BetaTable
 from lsgm.errors import UserError
 from lsgm.networks import NCSNpp
 from lsgm.networks.ncsn import NCSN
 from lsgm.noise_ladder import NoiseLadder, select_step
 from lsgm.release import section
-from lsgm.sde import LinearSDE, make_sde
+from lsgm.sde import VESDE, VPSDE, LinearSDE, make_sde
 from lsgm.solvers import (
     AnnealedLangevin,
     EpsFn,
@@ -56,6 +58,7 @@ __all__ = [
 ]
 
 DATA_KINDS = ("ncsn", "score_sde")
+OWN_OPTIONS = frozenset({"predictor", "corrector_steps"})
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,12 @@ class SamplerDefaults:
     options: dict[str, Any]
 
     def options_of(self, solver: str) -> dict[str, Any]:
-        """The recommended arguments that the solver of that name has."""
-        own = solver_parameters(solver)
+        """The recommended arguments that the solver of that name has; what makes one predictor-
+        corrector another (:data:`OWN_OPTIONS`) is the recommended solver's alone.
+        """
+        own = set(solver_parameters(solver))
+        if solver != self.solver:
+            own -= OWN_OPTIONS
         return {name: value for name, value in self.options.items() if name in own}
 
 
@@ -84,20 +91,33 @@ class DataScore(nn.Module):
 
     ``eps(x_t, t, c) = network(x_t / sqrt(m^2 s^2 + sigma^2), condition(t), c)``: the input of the
     network has the same size at every time, which matters under a variance-exploding SDE
-    (arXiv 2206.00364 section 5).
+    (arXiv 2206.00364 section 5). What is computed from the time follows arXiv 2011.13456's code in
+    the order of float32 operations where its checkpoints depend on it: their frequencies multiply
+    its rounding by a thousand.
 
     Args:
         network: maps ``(B, C, H, W)``, ``(B,)`` and the labels ``(B,)`` or None to ``(B, C, H,
             W)``; it runs in its own precision.
         sde: the diffusion.
-        condition: ``"time"``, or ``"log_sigma"``: ``ln(sigma / m) / 4``.
+        condition: ``"time"``; ``"log_sigma"``: ``ln(sigma / m) / 4``; ``"ln_sigma"``: ``ln sigma``
+            of a VE SDE; ``"index"``: the number of a noise level (:meth:`index`).
         data_std: ``s``; 0 leaves the input as it is.
+        levels: number of noise levels, for ``"index"``.
+        centre: the network sees ``2 x - 1``.
     """
 
     def __init__(
-        self, network: nn.Module, sde: LinearSDE, condition: str = "time", data_std: float = 0.5
+        self,
+        network: nn.Module,
+        sde: LinearSDE,
+        condition: str = "time",
+        data_std: float = 0.5,
+        levels: int | None = None,
+        centre: bool = False,
     ) -> None:
         super().__init__()
+        self.levels = levels
+        self.centre = centre
         self.network = network
         self.sde = sde
         self.condition = condition
@@ -116,9 +136,31 @@ class DataScore(nn.Module):
             x = x_t.to(dtype)
             if self.data_std > 0:
                 x = x * expand_like((m.square() * self.data_std**2 + var).rsqrt(), x)
-            given = t if self.condition == "time" else (0.5 * var.log() - m.log()) / 4
+            x = 2 * x - 1 if self.centre else x
+            if self.condition == "time":
+                given = t
+            elif self.condition == "log_sigma":
+                given = (0.5 * var.log() - m.log()) / 4
+            else:
+                given = self.index(t) if self.condition == "index" else self.ln_sigma(t)
         eps = self.network(x, given.to(dtype), labels)
         return eps.to(torch.promote_types(x_t.dtype, torch.float32))
+
+    def ln_sigma(self, t: Tensor) -> Tensor:
+        """``ln sigma`` at ``t (B,)`` of the VE SDE."""
+        assert isinstance(self.sde, VESDE)
+        low, high = math.sqrt(self.sde.sigma2_min), math.sqrt(self.sde.sigma2_max)
+        return torch.log(low * (high / low) ** t)
+
+    def index(self, t: Tensor) -> Tensor:
+        """What the network is told of ``t (B,)`` among ``N`` levels: ``(N - 1) t`` under a VP SDE,
+        where level 0 has the least noise; under a VE SDE the nearest whole number, where it has the
+        most.
+        """
+        assert self.levels is not None
+        if isinstance(self.sde, VESDE):
+            return ((1 - t) * (self.levels - 1)).round()
+        return t * (self.levels - 1)
 
 
 class DataSGM(nn.Module):
@@ -173,6 +215,17 @@ class DataSGM(nn.Module):
     def num_classes(self) -> int | None:
         """Classes that the network can be told; None if it takes none."""
         return self.spec.num_classes if self.config.class_conditional else None
+
+    @property
+    def levels(self) -> NoiseLadder | BetaTable | None:
+        """The noise levels at which the model is trained; None: in continuous time."""
+        number = self.config.discrete_levels
+        if self.ladder is not None or number is None:
+            return self.ladder
+        if isinstance(self.sde, VESDE):
+            return NoiseLadder.of(self.sde, number)
+        assert isinstance(self.sde, VPSDE)
+        return BetaTable.of(self.sde, number)
 
     @property
     def device(self) -> torch.device:
@@ -248,6 +301,12 @@ class DataSGM(nn.Module):
         solver = given.solver or ("langevin" if is_ncsn else "predictor_corrector")
         nfe = given.nfe or 200
         options: dict[str, Any] = {"snr": given.snr, "norm": given.norm, "denoise": given.denoise}
+        if given.predictor is not None:
+            options["predictor"] = None if given.predictor == "none" else given.predictor
+        if given.corrector_steps is not None:
+            options["corrector_steps"] = given.corrector_steps
+        if self.levels is not None:
+            options["levels"] = self.levels.num_levels
         if solver == "langevin":
             options |= self._langevin_options()
             levels = self.ladder.num_levels if self.ladder else 1
@@ -357,12 +416,20 @@ def build_data_model(
     if config.class_conditional and not spec.num_classes:
         raise UserError(f"score.class_conditional: {spec.name} has no classes")
     sde, ladder = build_sde(kind, config)
+    if kind == "ncsn" and (config.discrete_levels or config.condition == "index"):
+        raise UserError("score.discrete_levels: kind ncsn has the levels of score.ladder")
     channels, size, _ = pixels.shape
     try:
         if config.network == "refinenet":
             if ladder is None:
                 raise ValueError("refinenet needs the noise levels of kind ncsn")
-            score: nn.Module = NCSN(channels, size, ladder, **asdict(config.refinenet))
+            score: nn.Module = NCSN(
+                channels,
+                size,
+                ladder,
+                centre_input=config.centre_input,
+                **asdict(config.refinenet),
+            )
         else:
             network = NCSNpp(
                 channels,
@@ -370,10 +437,22 @@ def build_data_model(
                 num_classes=(spec.num_classes or 0) if config.class_conditional else 0,
                 **asdict(config.ncsnpp),
             )
-            score = DataScore(network, sde, config.condition, config.data_std)
+            score = DataScore(
+                network,
+                sde,
+                config.condition,
+                config.data_std,
+                config.discrete_levels,
+                config.centre_input,
+            )
     except ValueError as error:
         raise UserError(f"score.{config.network}: {error}") from error
-    return DataSGM(kind, score, sde, ladder, pixels, config, sampler)
+    model = DataSGM(kind, score, sde, ladder, pixels, config, sampler)
+    try:
+        _ = model.levels
+    except ValueError as error:
+        raise UserError(f"score.discrete_levels: {error}") from error
+    return model
 
 
 def data_model_of(description: dict[str, Any], spec: DataSpec) -> DataSGM:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from scipy.optimize import brentq, minimize_scalar
@@ -23,6 +24,7 @@ from lsgm.times import TimeProposal, TimeSample
 __all__ = [
     "LadderTimes",
     "LangevinStep",
+    "Levels",
     "NoiseLadder",
     "langevin_variance",
     "level_overlap",
@@ -100,15 +102,24 @@ class NoiseLadder:
         return position.round().long().clamp(0, self.num_levels - 1)
 
 
+class Levels(Protocol):
+    """A list of noise levels: their times, ``(L,)`` float64 from 1 down to 0."""
+
+    @property
+    def num_levels(self) -> int: ...
+    @property
+    def times(self) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class LadderTimes(TimeProposal):
-    """Times drawn evenly from a ladder's levels.
+    """Times drawn evenly from a list of noise levels.
 
     The "inverse density" is one, so that estimates are means over the levels, as NCSN's objective
     is (arXiv 1907.05600 eq. 6), where a continuous proposal gives an integral over time.
     """
 
-    ladder: NoiseLadder
+    ladder: Levels
 
     def from_uniform(self, rho: Tensor) -> TimeSample:
         levels = self.ladder.num_levels

@@ -14,12 +14,12 @@ from typing import Any, Protocol
 import safetensors
 import torch
 from safetensors.torch import load_file
-from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from lsgm.config import DataConfig
 from lsgm.errors import UserError
 from lsgm.files import atomic_write, atomic_write_json
+from lsgm.safetensors_file import write_safetensors
 
 __all__ = [
     "DESCRIPTION",
@@ -61,9 +61,8 @@ def save(
     """Write the model's weights and description into ``folder``; each file appears whole or not at
     all.
     """
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     with atomic_write(folder / WEIGHTS) as file:
-        file.write(to_safetensors(state))
+        write_safetensors(file, model.state_dict())
     description = {
         "kind": model.kind,
         **model.describe(),

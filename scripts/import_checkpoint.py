@@ -6,7 +6,7 @@ lsgm.load() open.
 import sys
 
 from lsgm.cli import run
-from lsgm.importers.runs import import_command
+from lsgm.importers.command import import_command
 
 
 def main() -> None:

@@ -17,10 +17,11 @@ from lsgm.cli import run
 from lsgm.config import LSGMTrainConfig, VAETrainConfig
 from lsgm.configio import load_run_config
 from lsgm.errors import UserError
+from lsgm.importers.command import import_command
 from lsgm.importers.official import load_official_vae, read_official_checkpoint
 from lsgm.importers.official_names import published_names
 from lsgm.importers.official_prior import load_official_prior
-from lsgm.importers.runs import import_command, import_official_lsgm
+from lsgm.importers.runs import import_official_lsgm
 from lsgm.models import LSGM, load_data_config
 from vae import HierarchicalVAE
 

@@ -1,25 +1,21 @@
 """Reading of published LSGM checkpoints, and their hierarchical VAE.
 
 A checkpoint is a dictionary of tensors and plain values with one foreign object, the namespace of
-the run's options. It is read by PyTorch's restricted unpickler, so that nothing in the file is
-executed.
+the run's options (:mod:`lsgm.importers.reading`).
 """
 
 from __future__ import annotations
 
-import argparse
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from lsgm.errors import UserError
 from lsgm.importers.official_names import BUFFERS, published_layers, published_names
+from lsgm.importers.reading import read_checkpoint
 from vae.hierarchical import HierarchicalVAE
 from vae.layers import Conv2d, WeightNormConv2d
 from vae.regularization import SpectralNormRegularizer
@@ -86,24 +82,7 @@ def read_official_checkpoint(path: str | Path) -> OfficialCheckpoint:
     Raises:
         UserError: If the file is not there, is damaged, holds anything but data, or lacks the VAE.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"checkpoint {path}: there is no such file")
-    try:
-        with torch.serialization.safe_globals(_harmless_types()):
-            raw = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()
-        detail = next(
-            (line.strip() for line in reason if "GLOBAL" in line or "global" in line), reason[0]
-        )
-        raise UserError(
-            f"checkpoint {path}: holds something other than tensors and plain values ({detail})"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise UserError(
-            f"checkpoint {path}: not a readable PyTorch file ({_first_line(error)})"
-        ) from error
+    raw = read_checkpoint(path)
     if not isinstance(raw, dict):
         raise UserError(f"checkpoint {path}: holds a {type(raw).__name__}, not a dictionary")
     for key in ("args", "vae_state_dict"):
@@ -117,29 +96,10 @@ def read_official_checkpoint(path: str | Path) -> OfficialCheckpoint:
     return OfficialCheckpoint(
         args=args,
         vae_state=state,
-        vae_ema=_ema_weights(state, raw.get("vae_optimizer"), path),
+        vae_ema=_ema_weights(state, raw.get("vae_optimizer"), Path(path)),
         vae_power_vectors=_power_vectors(raw.get("vae_sn_calculator", raw.get("sn_calculator"))),
         raw=raw,
     )
-
-
-def _harmless_types() -> list[Any]:
-    """Plain values beyond PyTorch's own list: options, shapes, NumPy scalars."""
-    scalar = np.float64(0).__reduce__()[0]
-    dtypes = [type(np.dtype(t)) for t in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
-    return [
-        argparse.Namespace,
-        torch.Size,
-        np.dtype,
-        *dtypes,
-        scalar,
-        (scalar, "numpy.core.multiarray.scalar"),
-        (scalar, "numpy._core.multiarray.scalar"),
-    ]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _is_buffer(name: str) -> bool:

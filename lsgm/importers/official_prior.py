@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lsgm.networks.layers import AttentionBlock, GroupNormSiLU, ResidualBlock
 from lsgm.networks.ncsnpp import (
+    ConvStep,
     DownLevel,
     InputResidual,
     InputSkip,
@@ -27,13 +28,19 @@ from lsgm.networks.ncsnpp import (
     OutputSkip,
     UpLevel,
 )
-from lsgm.networks.resample import FIRConvDownsample, FIRConvUpsample
+from lsgm.networks.resample import (
+    ConvDownsample,
+    ConvUpsample,
+    FIRConvDownsample,
+    FIRConvUpsample,
+)
 from lsgm.score import MixedNormalScore
 from lsgm.sde import LinearSDE, make_sde
 
 __all__ = [
     "PriorArguments",
     "load_official_prior",
+    "network_weights",
     "prior_arguments",
     "prior_weights",
     "published_modules",
@@ -219,27 +226,77 @@ def _attention(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def _residual(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A residual block; the shortcut of a ``ddpm`` block is a map ``(in, out)`` of pixels."""
+    published = dict(published)
+    matrix, bias = (published.pop(f"NIN_0.{leaf}", None) for leaf in ("W", "b"))
+    converted = _RESIDUAL(published)
+    if matrix is not None and bias is not None:
+        converted |= {"shortcut.weight": matrix.T[..., None, None], "shortcut.bias": bias}
+    return converted
+
+
 _AS_IT_IS = _rename({})
 _RESAMPLER = _rename({"Conv2d_0": "conv", "Conv_0": "conv"})
+_RESIDUAL = _rename(
+    {
+        "GroupNorm_0": "norm_in",
+        "Conv_0": "conv_in",
+        "Dense_0": "time",
+        "GroupNorm_1": "norm_out",
+        "Conv_1": "conv_out",
+        "Conv_2": "shortcut",
+    }
+)
 _CONVERTERS: dict[type[nn.Module], Callable[[Mapping[str, Tensor]], dict[str, Tensor]]] = {
     nn.Linear: _AS_IT_IS,
     nn.Conv2d: _AS_IT_IS,
     GroupNormSiLU: _AS_IT_IS,
-    ResidualBlock: _rename(
-        {
-            "GroupNorm_0": "norm_in",
-            "Conv_0": "conv_in",
-            "Dense_0": "time",
-            "GroupNorm_1": "norm_out",
-            "Conv_1": "conv_out",
-            "Conv_2": "shortcut",
-        }
-    ),
+    ResidualBlock: _residual,
     AttentionBlock: _attention,
     InputSkip: _rename({"Conv_0": "conv"}),
     FIRConvDownsample: _RESAMPLER,
     FIRConvUpsample: _RESAMPLER,
+    ConvDownsample: _RESAMPLER,
+    ConvUpsample: _RESAMPLER,
+    ConvStep: _rename({"Conv2d_0": "resample.conv", "Conv_0": "resample.conv"}),
 }
+
+
+def network_weights(
+    network: NCSNpp, published: dict[str, Tensor], first: int = 0
+) -> dict[str, Tensor]:
+    """The weights of ``all_modules`` under the names of ``network``, which has to be built like
+    them; they are taken out of ``published``, and what is left belongs nowhere.
+
+    Args:
+        network: Ours.
+        published: Weights by published name.
+        first: Number of the first module, the one after the Fourier features.
+
+    Raises:
+        ValueError: A module is of another kind, or is not there.
+    """
+    names = {module: name for name, module in network.named_modules()}
+    by_module: dict[str, dict[str, Tensor]] = {}
+    for key in [key for key in published if key.startswith("all_modules.")]:
+        _, number, leaf = key.split(".", 2)
+        by_module.setdefault(number, {})[leaf] = published.pop(key)
+    state = {}
+    for k, module in enumerate(published_modules(network), first):
+        own = by_module.pop(str(k), {})
+        kind = type(module).__name__
+        if not own:
+            raise ValueError(f"all_modules.{k}, a {kind}, is missing")
+        try:
+            converted = _CONVERTERS.get(type(module), _RESAMPLER)(own)
+        except KeyError as unexpected:
+            raise ValueError(f"all_modules.{k} should be a {kind}, found {unexpected}") from None
+        state |= {f"{names[module]}.{leaf}": value.float() for leaf, value in converted.items()}
+    published |= {
+        f"all_modules.{k}.{leaf}": v for k, own in by_module.items() for leaf, v in own.items()
+    }
+    return state
 
 
 def prior_weights(raw: Mapping[str, Any], weights: Literal["raw", "ema"]) -> dict[str, Tensor]:
@@ -291,22 +348,7 @@ def load_official_prior(
         state["mixing_logit"] = published.pop("mixing_logit")
     if "temb_fun.w" in published:
         state["network.embedding.features.frequencies"] = published.pop("temb_fun.w").reshape(-1)
-    names = {module: name for name, module in score.named_modules()}
-    for k, module in enumerate(published_modules(network)):
-        prefix = f"all_modules.{k}."
-        own = {
-            key.removeprefix(prefix): published.pop(key)
-            for key in list(published)
-            if key.startswith(prefix)
-        }
-        convert = _CONVERTERS.get(type(module), _RESAMPLER)
-        try:
-            converted = convert(own)
-        except KeyError as unexpected:
-            raise ValueError(
-                f"all_modules.{k} should be a {type(module).__name__}, found {unexpected}"
-            ) from None
-        state |= {f"{names[module]}.{leaf}": value.float() for leaf, value in converted.items()}
+    state |= {f"network.{name}": v for name, v in network_weights(network, published).items()}
     if published:
         raise ValueError(f"weights that belong nowhere: {', '.join(sorted(published))}")
     try:

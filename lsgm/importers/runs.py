@@ -6,11 +6,10 @@ stage it is of.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, TypeVar
 
 from lsgm.config import (
     DataConfig,
@@ -43,7 +42,7 @@ from lsgm.importers.official_prior import (
 from lsgm.models import LSGM, VAEModel, save
 from lsgm.score import MixedNormalScore
 
-__all__ = ["FORMATS", "ImportedRun", "import_command", "import_official_lsgm"]
+__all__ = ["OWN_SPECS", "ImportedRun", "Weights", "import_official_lsgm"]
 
 Weights = Literal["raw", "ema"]
 T = TypeVar("T")
@@ -72,11 +71,13 @@ class ImportedRun:
 
     Attributes:
         path: The run folder.
-        kind: ``"vae"`` or ``"lsgm"``.
+        kind: Of model: ``"vae"``, ``"lsgm"``, ``"score_sde"`` or ``"ncsn"``.
         dataset: Published name of the dataset.
         parameters: Number of trainable values.
-        weights: Which weights of the VAE (``"vae"``) or the prior (``"lsgm"``) were taken.
+        weights: Which weights of the VAE (``"vae"``), the prior (``"lsgm"``) or the score model
+            were taken.
         steps: Optimizer steps behind them, or None where the file does not say.
+        said: What else there is to say, such as how a configuration was found.
     """
 
     path: Path
@@ -85,6 +86,7 @@ class ImportedRun:
     parameters: int
     weights: Weights
     steps: int | None
+    said: str = ""
 
     def __str__(self) -> str:
         trained = "" if self.steps is None else f", {self.steps} steps of training"
@@ -92,7 +94,7 @@ class ImportedRun:
         of = " of the prior, last of the VAE" if self.kind == LSGM.kind else ""
         return (
             f"{self.path}: {self.kind} of {self.dataset}, {self.parameters:,} parameters, "
-            f"{which}{of}{trained}"
+            f"{which}{of}{trained}{self.said and '; '}{self.said}"
         )
 
 
@@ -297,32 +299,3 @@ def _checked(section: Callable[..., T], values: Mapping[str, Any]) -> T:
         return section(**values)
     except (TypeError, ValueError) as error:
         raise UserError(f"checkpoint: its options do not fit a configuration ({error})") from error
-
-
-FORMATS: dict[str, Callable[..., ImportedRun]] = {"official-lsgm": import_official_lsgm}
-"""Importers by the name of the format; a new one is one function and its line here."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
-def import_command(argv: Sequence[str], description: str | None = None) -> None:
-    """``import_checkpoint.py FORMAT FILE --out RUN [--weights raw|ema]``.
-
-    Raises:
-        UserError: As :func:`import_official_lsgm`, and for wrong arguments.
-    """
-    parser = _Parser(prog="import_checkpoint.py", description=description)
-    parser.add_argument("format", choices=sorted(FORMATS), help="what wrote the file")
-    parser.add_argument("file", metavar="FILE", help="the checkpoint; nothing in it is executed")
-    parser.add_argument("--out", metavar="RUN", required=True, help="run folder to write")
-    parser.add_argument(
-        "--weights",
-        choices=("raw", "ema"),
-        help="last or averaged weights, of the prior if there is one and else of the VAE "
-        "(default: averaged of a prior, last of a VAE)",
-    )
-    options = parser.parse_args(argv)
-    print(FORMATS[options.format](options.file, options.out, options.weights))

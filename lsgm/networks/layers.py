@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 __all__ = [
     "TINY_SCALE",
     "AttentionBlock",
+    "BlockStyle",
     "GroupNorm",
     "GroupNormSiLU",
     "ResidualBlock",
@@ -26,6 +28,30 @@ zero.
 """
 
 HALF_SQRT = math.sqrt(0.5)
+
+
+@dataclass(frozen=True)
+class BlockStyle:
+    """What residual and attention blocks of published networks differ in.
+
+    Attributes:
+        groups: Of every normalisation; None: :func:`num_groups` of its width.
+        rescale: Divide the sum of shortcut and branch by ``sqrt(2)``.
+        shortcut_scale: Initial variance scale of a shortcut's 1x1 convolution.
+    """
+
+    groups: int | None = None
+    rescale: bool = True
+    shortcut_scale: float = 1.0
+
+    def add(self, shortcut: Tensor, branch: Tensor) -> Tensor:
+        """The block's output."""
+        total = shortcut + branch
+        return total * HALF_SQRT if self.rescale else total
+
+
+NCSNPP_STYLE = BlockStyle()
+"""The published NCSN++ and DDPM++."""
 
 
 def scaled_uniform_(weight: Tensor, scale: float = 1.0) -> Tensor:
@@ -67,10 +93,10 @@ def num_groups(channels: int) -> int:
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation with :func:`num_groups` groups; keeps the memory format."""
+    """Group normalisation with :func:`num_groups` groups unless given; keeps the memory format."""
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(num_groups(channels), channels, eps=1e-6)
+    def __init__(self, channels: int, groups: int | None = None) -> None:
+        super().__init__(groups or num_groups(channels), channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         # the CPU kernel for half precision in channels-last order is ten times slower than this
@@ -105,6 +131,7 @@ class ResidualBlock(nn.Module):
             time_width)``; 0 for a block without time.
         dropout: probability (drawn from torch's global generator, as every dropout).
         resample: doubles or halves the resolution; ``None`` keeps it.
+        style: groups, scale of the sum, initialisation of the shortcut.
     """
 
     def __init__(
@@ -114,17 +141,21 @@ class ResidualBlock(nn.Module):
         time_width: int,
         dropout: float = 0.0,
         resample: nn.Module | None = None,
+        style: BlockStyle = NCSNPP_STYLE,
     ) -> None:
         super().__init__()
-        self.norm_in = GroupNormSiLU(in_channels)
+        self.style = style
+        self.norm_in = GroupNormSiLU(in_channels, style.groups)
         self.resample = resample
         self.conv_in = conv(in_channels, out_channels)
         self.time = linear(time_width, out_channels) if time_width else None
-        self.norm_out = GroupNormSiLU(out_channels)
+        self.norm_out = GroupNormSiLU(out_channels, style.groups)
         self.dropout = nn.Dropout(dropout)
         self.conv_out = conv(out_channels, out_channels, scale=TINY_SCALE)
         changes = in_channels != out_channels or resample is not None
-        self.shortcut = conv(in_channels, out_channels, 1) if changes else None
+        self.shortcut = (
+            conv(in_channels, out_channels, 1, scale=style.shortcut_scale) if changes else None
+        )
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         h = self.norm_in(x)
@@ -138,18 +169,19 @@ class ResidualBlock(nn.Module):
         h = self.conv_out(self.dropout(self.norm_out(h)))
         if self.shortcut is not None:
             x = self.shortcut(x)
-        return (x + h) * HALF_SQRT
+        return self.style.add(x, h)
 
 
 class AttentionBlock(nn.Module):
     """Single-head self-attention over all pixels of ``x (B, C, H, W)``.
 
-    ``(x + out(attention(norm(x)))) / sqrt(2)``.
+    ``(x + out(attention(norm(x)))) / sqrt(2)``, without the root if the style says so.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, style: BlockStyle = NCSNPP_STYLE) -> None:
         super().__init__()
-        self.norm = GroupNorm(channels)
+        self.style = style
+        self.norm = GroupNorm(channels, style.groups)
         self.qkv = linear(channels, 3 * channels)
         # each third is a layer of its own to the initialisation, whose scale depends on the width
         for part in self.qkv.weight.data.chunk(3):
@@ -162,4 +194,4 @@ class AttentionBlock(nn.Module):
         q, k, v = self.qkv(pixels).chunk(3, dim=-1)
         h = self.out(F.scaled_dot_product_attention(q, k, v))
         h = h.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
-        return (x + h) * HALF_SQRT
+        return self.style.add(x, h)

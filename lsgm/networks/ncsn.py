@@ -45,6 +45,7 @@ class NCSN(nn.Module):
         dilations: of each stage; every stage of dilation 1 but the first halves the resolution,
             the others keep it. ``None``: by the resolution.
         conditional: condition the normalisation on the level.
+        centre_input: the network sees ``2 x - 1``, for images in [0, 1].
 
     Raises:
         ValueError: sizes that do not fit.
@@ -60,8 +61,10 @@ class NCSN(nn.Module):
         channel_mult: Sequence[int] | None = None,
         dilations: Sequence[int] | None = None,
         conditional: bool = True,
+        centre_input: bool = False,
     ) -> None:
         super().__init__()
+        self.centre_input = centre_input
         default = next(depth for limit, depth in DEPTHS.items() if resolution <= limit)
         channel_mult = default[0] if channel_mult is None else channel_mult
         dilations = default[1] if dilations is None else dilations
@@ -93,7 +96,7 @@ class NCSN(nn.Module):
         """Predicted noise ``(B, C, S, S)`` for ``x (B, C, S, S)`` at ``t (B,)`` or a scalar."""
         index = self.ladder.index(t.reshape(-1))
         level = index if self.conditional else None
-        h = self.conv_in(x)
+        h = self.conv_in(2 * x - 1 if self.centre_input else x)
         features = []
         for stage in self.stages:
             h = stage(h, level)

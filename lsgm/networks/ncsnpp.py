@@ -17,6 +17,7 @@ from lsgm.networks.layers import (
     HALF_SQRT,
     TINY_SCALE,
     AttentionBlock,
+    BlockStyle,
     GroupNormSiLU,
     ResidualBlock,
     conv,
@@ -24,9 +25,11 @@ from lsgm.networks.layers import (
 from lsgm.networks.resample import make_conv_resampler, make_resampler
 
 __all__ = [
+    "BLOCKS",
     "PROGRESSIVE",
     "PROGRESSIVE_COMBINE",
     "PROGRESSIVE_INPUT",
+    "ConvStep",
     "DownLevel",
     "NCSNpp",
     "UpLevel",
@@ -35,6 +38,7 @@ __all__ = [
 PROGRESSIVE = ("none", "output_skip", "residual")
 PROGRESSIVE_INPUT = ("none", "input_skip", "residual")
 PROGRESSIVE_COMBINE = ("sum", "cat")
+BLOCKS = ("biggan", "ddpm")
 
 
 @dataclass
@@ -50,13 +54,26 @@ class _State:
 class NormConv(nn.Module):
     """``conv3x3(silu(group_norm(x)))``, the network's head and the heads of the output pyramid."""
 
-    def __init__(self, in_channels: int, out_channels: int, scale: float) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, scale: float, groups: int | None = None
+    ) -> None:
         super().__init__()
-        self.norm = GroupNormSiLU(in_channels)
+        self.norm = GroupNormSiLU(in_channels, groups)
         self.conv = conv(in_channels, out_channels, scale=scale)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(self.norm(x))
+
+
+class ConvStep(nn.Module):
+    """Step to another resolution by a learned convolution, in DDPM's place of a residual block."""
+
+    def __init__(self, width: int, direction: str, fir: bool) -> None:
+        super().__init__()
+        self.resample = make_conv_resampler(direction, fir, width, width)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.resample(x)
 
 
 class InputSkip(nn.Module):
@@ -88,10 +105,12 @@ class InputResidual(nn.Module):
 class OutputSkip(nn.Module):
     """Output pyramid: every level adds an image to the upsampled sum of those below it."""
 
-    def __init__(self, width: int, out_channels: int, fir: bool, lowest: bool) -> None:
+    def __init__(
+        self, width: int, out_channels: int, fir: bool, lowest: bool, groups: int | None = None
+    ) -> None:
         super().__init__()
         self.resample = None if lowest else make_resampler("up", fir)
-        self.head = NormConv(width, out_channels, TINY_SCALE)
+        self.head = NormConv(width, out_channels, TINY_SCALE, groups)
 
     def forward(self, state: _State) -> None:
         image = self.head(state.h)
@@ -101,9 +120,9 @@ class OutputSkip(nn.Module):
 class OutputResidualStart(nn.Module):
     """Lowest level of the residual output pyramid."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, groups: int | None = None) -> None:
         super().__init__()
-        self.head = NormConv(width, width, 1.0)
+        self.head = NormConv(width, width, 1.0, groups)
 
     def forward(self, state: _State) -> None:
         state.pyramid = self.head(state.h)
@@ -127,7 +146,7 @@ class DownLevel(nn.Module):
         self,
         blocks: Sequence[ResidualBlock],
         attentions: Sequence[AttentionBlock],
-        downsample: ResidualBlock | None,
+        downsample: nn.Module | None,
         pyramid: nn.Module | None,
     ) -> None:
         super().__init__()
@@ -157,7 +176,7 @@ class UpLevel(nn.Module):
         blocks: Sequence[ResidualBlock],
         attention: AttentionBlock | None,
         pyramid: nn.Module | None,
-        upsample: ResidualBlock | None,
+        upsample: nn.Module | None,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
@@ -201,6 +220,10 @@ class NCSNpp(nn.Module):
         attention_resolutions: sides at which every level has attention.
         middle_attention: attention between the two middle blocks.
         num_classes: classes that the network can be told (0: none).
+        block: ``"biggan"``: residual blocks resample; ``"ddpm"``: convolutions between them do, and
+            shortcuts start small (arXiv 2006.11239 appendix B).
+        rescale: divide the sum of every block by ``sqrt(2)``; DDPM does not.
+        norm_groups: of every normalisation, 32 in DDPM; ``None``: by its width.
 
     Raises:
         ValueError: an unknown option or sizes that do not fit.
@@ -227,8 +250,13 @@ class NCSNpp(nn.Module):
         middle_attention: bool = True,
         num_classes: int = 0,
         embedding_width: int | None = None,
+        block: str = "biggan",
+        rescale: bool = True,
+        norm_groups: int | None = None,
     ) -> None:
         super().__init__()
+        if block not in BLOCKS:
+            raise ValueError(f"unknown block {block!r}; known: {', '.join(BLOCKS)}")
         mult = (1,) * num_scales if channel_mult is None else tuple(channel_mult)[:num_scales]
         _check_options(
             resolution, num_scales, mult, progressive, progressive_input, progressive_combine
@@ -246,11 +274,19 @@ class NCSNpp(nn.Module):
         if self.classes is not None:
             nn.init.zeros_(self.classes.weight)
 
-        def block(
-            in_channels: int, out_channels: int, direction: str | None = None
+        learned = block == "ddpm"
+        style = BlockStyle(norm_groups, rescale, shortcut_scale=0.1 if learned else 1.0)
+        _check_groups(norm_groups, widths)
+
+        def unit(
+            in_channels: int, out_channels: int, resample: nn.Module | None = None
         ) -> ResidualBlock:
-            resample = make_resampler(direction, fir) if direction else None
-            return ResidualBlock(in_channels, out_channels, time_width, dropout, resample)
+            return ResidualBlock(in_channels, out_channels, time_width, dropout, resample, style)
+
+        def step(width: int, direction: str) -> nn.Module:
+            if learned:
+                return ConvStep(width, direction, fir)
+            return unit(width, width, make_resampler(direction, fir))
 
         self.conv_in = conv(channels, num_channels)
         width, pyramid_width = num_channels, channels
@@ -259,14 +295,15 @@ class NCSNpp(nn.Module):
         for level, (level_width, side) in enumerate(zip(widths, sides, strict=True)):
             blocks = []
             for _ in range(num_cells_per_scale):
-                blocks.append(block(width, level_width))
+                blocks.append(unit(width, level_width))
                 width = level_width
                 skip_widths.append(width)
-            attentions = [AttentionBlock(width) for _ in blocks if side in attention_resolutions]
-            downsample: ResidualBlock | None = None
+            attends = side in attention_resolutions
+            attentions = [AttentionBlock(width, style) for _ in blocks if attends]
+            downsample: nn.Module | None = None
             pyramid: nn.Module | None = None
             if level < num_scales - 1:
-                downsample = block(width, width, "down")
+                downsample = step(width, "down")
                 if progressive_input == "input_skip":
                     pyramid = InputSkip(channels, width, fir, progressive_combine)
                     width *= 2 if progressive_combine == "cat" else 1
@@ -276,29 +313,34 @@ class NCSNpp(nn.Module):
                 skip_widths.append(width)
             self.down.append(DownLevel(blocks, attentions, downsample, pyramid))
 
-        self.middle_in = block(width, width)
-        self.middle_attention = AttentionBlock(width) if middle_attention else None
-        self.middle_out = block(width, width)
+        self.middle_in = unit(width, width)
+        self.middle_attention = AttentionBlock(width, style) if middle_attention else None
+        self.middle_out = unit(width, width)
 
         self.up = nn.ModuleList()
         for level, level_width in reversed(list(enumerate(widths))):
             blocks = []
             for _ in range(num_cells_per_scale + 1):
-                blocks.append(block(width + skip_widths.pop(), level_width))
+                blocks.append(unit(width + skip_widths.pop(), level_width))
                 width = level_width
-            attention = AttentionBlock(width) if sides[level] in attention_resolutions else None
+            attends = sides[level] in attention_resolutions
+            attention = AttentionBlock(width, style) if attends else None
             lowest = level == num_scales - 1
             pyramid = None
             if progressive == "output_skip":
-                pyramid = OutputSkip(width, channels, fir, lowest)
+                pyramid = OutputSkip(width, channels, fir, lowest, norm_groups)
             elif progressive == "residual" and lowest:
-                pyramid = OutputResidualStart(width)
+                pyramid = OutputResidualStart(width, norm_groups)
             elif progressive == "residual":
                 pyramid = OutputResidual(pyramid_width, width, fir)
             pyramid_width = width
-            upsample = block(width, width, "up") if level else None
+            upsample = step(width, "up") if level else None
             self.up.append(UpLevel(blocks, attention, pyramid, upsample))
-        self.head = None if progressive == "output_skip" else NormConv(width, channels, TINY_SCALE)
+        self.head = (
+            None
+            if progressive == "output_skip"
+            else NormConv(width, channels, TINY_SCALE, norm_groups)
+        )
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """Predicted noise ``(B, C, S, S)`` for ``x (B, C, S, S)`` at ``t (B,)`` or a scalar.
@@ -321,6 +363,14 @@ class NCSNpp(nn.Module):
         for level in self.up:
             level(state)
         return state.pyramid if self.head is None else self.head(state.h)
+
+
+def _check_groups(groups: int | None, widths: Sequence[int]) -> None:
+    if groups and (bad := [width for width in widths if width % groups]):
+        raise ValueError(
+            f"norm_groups {groups} does not divide the width {bad[0]}; num_channels has to be a "
+            "multiple of it"
+        )
 
 
 def _check_options(

@@ -27,6 +27,7 @@ __all__ = [
     "Upsample",
     "make_conv_resampler",
     "make_resampler",
+    "restore_filters",
 ]
 
 
@@ -37,8 +38,12 @@ class _FIR(nn.Module):
 
     def __init__(self, gain: float) -> None:
         super().__init__()
+        self.gain = gain
+        self.register_buffer("kernel", self._taps(), persistent=False)
+
+    def _taps(self) -> Tensor:
         taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
-        self.register_buffer("kernel", gain * torch.outer(taps, taps)[None, None], persistent=False)
+        return self.gain * torch.outer(taps, taps)[None, None]
 
     def filter(self, x: Tensor, convolution: Callable[..., Tensor], **options: int) -> Tensor:
         """Apply ``convolution`` with the filter to each channel of ``x``; keeps the dtype."""
@@ -136,6 +141,15 @@ class FIRConvDownsample(_FIR):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(self.filter(x, F.conv2d, padding=2))
+
+
+def restore_filters(network: nn.Module) -> None:
+    """Give the filters of a network that was built on the meta device, whose weights were put in
+    afterwards, their values: they are constants, which no file of weights holds.
+    """
+    for module in network.modules():
+        if isinstance(module, _FIR):
+            module.kernel = module._taps()
 
 
 def make_resampler(direction: str, fir: bool) -> nn.Module:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from lsgm.solvers.base import Callback, EpsFn, Hook, Progress, Solution, Solver
+from lsgm.solvers.discrete import DiscretePredictorCorrector
 from lsgm.solvers.exponential import DDIM, DPMSolverPP, UniPC
 from lsgm.solvers.grids import GRIDS, make_grid, times_of_noise_levels
 from lsgm.solvers.langevin import AnnealedLangevin
@@ -57,6 +58,7 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "ancestral": partial(PredictorCorrector, predictor="ancestral"),
     "ddim": DDIM,
     "deis": partial(NormalReference, alpha=1.0, order=3),
+    "discrete_pc": DiscretePredictorCorrector,
     "dopri5": AdaptiveODE,
     "dpmpp_2m": partial(DPMSolverPP, order=2),
     "dpmpp_3m": partial(DPMSolverPP, order=3),

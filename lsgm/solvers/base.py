@@ -252,6 +252,10 @@ class Solver(ABC):
     def _integrate(self, problem: Problem, x: Tensor) -> list[Tensor]:
         """States to return: the last one last, all of them if the trajectory is kept."""
 
+    def _denoised(self, problem: Problem, x: Tensor) -> Tensor:
+        """The state that ``denoise`` ends with, from ``x (B, *shape)`` at the last time."""
+        return problem.denoised(x)
+
     def steps_for(self, nfe: int) -> int:
         """The largest number of steps that takes at most ``nfe`` network calls.
 
@@ -318,7 +322,7 @@ class Solver(ABC):
         problem = Problem(sde, eps_fn, self.check(sde, times), rng, hooks, callback, x.dtype)
         states = self._integrate(problem, x.to(self.state_dtype))
         if self.denoise:
-            states[-1] = problem.denoised(states[-1])
+            states[-1] = self._denoised(problem, states[-1])
         for hook in hooks:
             states[-1] = hook.finish(states[-1]).to(self.state_dtype)
         require_finite(states[-1], type(self).__name__)

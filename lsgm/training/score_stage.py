@@ -1,7 +1,7 @@
 """Training of a score model in data space, NCSN's and score-SDE's alike.
 
 Both are the weighted squared error of the noise (:func:`lsgm.score_matching.score_loss`); they
-differ in the times: the noise levels of a ladder, or a density on [t_min, 1].
+differ in the times: a list of noise levels, or a density on [t_min, 1].
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lsgm.config_data import ScoreObjectiveConfig
 from lsgm.data.spec import LabelledImages
 from lsgm.datasgm import DataSGM
+from lsgm.discrete_noise import BetaTable
 from lsgm.errors import UserError
 from lsgm.noise_ladder import LadderTimes
 from lsgm.score import EpsFn
@@ -41,11 +42,14 @@ class ScoreStage(Stage):
         self.objective = objective
         try:
             self.weighting = make_weighting(
-                "unweighted" if model.ladder is not None else objective.weighting
+                "unweighted" if model.levels is not None else objective.weighting
             )
+            # DDPM's own kernel, of which the SDE's is the limit
+            levels = model.levels
+            self.kernel = levels if isinstance(levels, BetaTable) else model.sde
             self.proposal: TimeProposal
-            if model.ladder is not None:
-                self.proposal = LadderTimes(model.ladder)
+            if model.levels is not None:
+                self.proposal = LadderTimes(model.levels)
             elif objective.proposal == "weighted":
                 self.proposal = weighted_times(model.sde, self.weighting)
             else:
@@ -93,7 +97,7 @@ class ScoreStage(Stage):
 
         eps_fn: EpsFn = score if labels is None else with_labels
         return score_loss(
-            self.model.sde,
+            self.kernel,
             eps_fn,
             x,
             weighting=self.weighting,
