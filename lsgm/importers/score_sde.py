@@ -25,7 +25,7 @@ from lsgm.errors import UserError
 from lsgm.files import RunFolder
 from lsgm.importers.official_prior import network_weights
 from lsgm.importers.reading import read_checkpoint
-from lsgm.importers.refinenet_names import ncsnv2_weights
+from lsgm.importers.refinenet_names import refinenet_weights
 from lsgm.importers.runs import OWN_SPECS, ImportedRun, Weights
 from lsgm.importers.score_sde_configs import choose_config
 from lsgm.models import save
@@ -205,7 +205,7 @@ def _spec(data: DataConfig) -> DataSpec:
 def _our_weights(model: DataSGM, published: dict[str, Tensor]) -> dict[str, Tensor]:
     """Published weights under our names; what is left in ``published`` belongs nowhere."""
     if isinstance(model.score, NCSN):
-        return ncsnv2_weights(model.score, published)
+        return refinenet_weights(model.score, published)
     assert isinstance(model.score, DataScore)
     network: Any = model.score.network
     state = {}
