@@ -59,8 +59,10 @@ def options(solver="heun", **values):
 
 @every_solver
 def test_every_option_of_every_solver_is_on_the_command_line(solver):
-    """Except the trajectory, which no file holds, and the two that name other solvers."""
-    hidden = {"keep_trajectory", "backend", "velocity_dtype"}
+    """Except the trajectory, which no file holds, the two that name other solvers, and what belongs
+    to a model.
+    """
+    hidden = {"keep_trajectory", "backend", "velocity_dtype", "levels", "probability_flow"}
     reachable = {name for names in SOLVER_OPTIONS.values() for name in names}
     assert set(inspect.signature(SOLVERS[solver]).parameters) <= reachable | hidden
     assert set(SOLVER_OPTIONS) <= {item.name for item in fields(SolverOptions)}

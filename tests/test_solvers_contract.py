@@ -17,6 +17,7 @@ from lsgm.solvers.grids import noise_level
 
 ADAPTIVE = ("dopri5", "rk45")
 OPTIONS = {"langevin": {"steps_per_level": 3, "denoise": True}, "ddim": {"eta": 0.3}}
+GRID = {"discrete_pc": "time"}  # it takes no other
 every_solver = pytest.mark.parametrize("name", sorted(SOLVERS))
 SDE = VPSDE()
 
@@ -24,7 +25,7 @@ SDE = VPSDE()
 def run(name, x, eps_fn=None, n=5, seed=0, hooks=(), callback=None, **options):
     oracle = MixtureOracle.ring(SDE, tuple(x.shape[1:]))
     solver = make_solver(name, **OPTIONS.get(name, {}), **options)
-    times = make_grid("sqrt_time", SDE, n, 1e-3)
+    times = make_grid(GRID.get(name, "sqrt_time"), SDE, n, 1e-3)
     rng = torch.Generator().manual_seed(seed)
     return solver, solver.solve(SDE, eps_fn or oracle.eps, x, times, rng, hooks, callback)
 

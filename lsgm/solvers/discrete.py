@@ -33,6 +33,7 @@ class Table:
     """What the published samplers know of each of their ``N`` times, Python floats.
 
     Attributes:
+        n: Number of times of the whole way.
         t: The times.
         index: Noise level in the table at each time.
         sigma: Of each level, VE, least noise first.
@@ -40,6 +41,7 @@ class Table:
         score_std: Standard deviation that turns a noise prediction into a score, at each time.
     """
 
+    n: int
     t: list[float]
     index: list[int]
     sigma: list[float]
@@ -48,13 +50,16 @@ class Table:
 
 
 @lru_cache(maxsize=8)
-def table(sde: LinearSDE, n: int, first: float, last: float, discrete: bool) -> Table:
-    """The table of ``n`` times; ``discrete``: of a model trained at the table's levels, whose
-    scores are those of the table too.
+def even_table(sde: LinearSDE, n: int, first: float, last: float, discrete: bool) -> Table:
+    """:func:`table_at` all ``n`` times between two."""
+    return table_at(sde, torch.linspace(first, last, n), n, discrete)
+
+
+def table_at(sde: LinearSDE, times: Tensor, n: int, discrete: bool) -> Table:
+    """The table at some float32 ``times`` of a way of ``n``; ``discrete``: of a model trained at
+    the table's levels, whose scores are those of the table too.
     """
-    times = torch.linspace(first, last, n)
-    position = times * (n - 1)
-    index = position.long()
+    index = (times * (n - 1)).long()
     sigma, beta = torch.empty(0), torch.empty(0)
     std = sde.var(times.double()).sqrt()
     if isinstance(sde, VESDE):
@@ -66,11 +71,11 @@ def table(sde: LinearSDE, n: int, first: float, last: float, discrete: bool) -> 
         beta = torch.linspace(sde.beta_start / n, sde.beta_end / n, n, dtype=torch.float64)
         if discrete:
             std = (1 - (1 - beta).cumprod(0)).sqrt()[index]
-    return Table(times.tolist(), index.tolist(), sigma.tolist(), beta.tolist(), std.tolist())
+    return Table(n, times.tolist(), index.tolist(), sigma.tolist(), beta.tolist(), std.tolist())
 
 
 def _euler_maruyama(problem: Problem, grid: Table, i: int, x: Tensor, score: Tensor) -> Step:
-    t, n = torch.tensor([grid.t[i]], dtype=torch.float64), len(grid.t)
+    t, n = torch.tensor([grid.t[i]], dtype=torch.float64), grid.n
     f, g2 = problem.sde.f(t).item(), problem.sde.g2(t).item()
     return Step(x - (f * x - g2 * score) / n, math.sqrt(g2 / n))
 
@@ -187,7 +192,7 @@ class DiscretePredictorCorrector(PredictorCorrector):
 
     def _table(self, problem: Problem) -> Table:
         grid = problem.schedule.t
-        return table(problem.sde, len(grid), grid[0], grid[-1], self.levels is not None)
+        return even_table(problem.sde, len(grid), grid[0], grid[-1], self.levels is not None)
 
     def _score(self, problem: Problem, i: int, x: Tensor) -> Tensor:
         grid = self._table(problem)
