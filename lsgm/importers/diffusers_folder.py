@@ -406,12 +406,12 @@ def import_diffusers(
     Args:
         folder: With ``unet`` and ``scheduler``, or with their files.
         out: Folder of the run to write.
-        weights: None or ``"ema"``: such a folder has one set, published ones the averages.
+        weights: None: such a folder has one set.
 
     Raises:
         UserError: The folder does not fit, or ``out`` already holds a run.
     """
-    if weights == "raw":
+    if weights is not None:
         raise UserError(
             f"{folder}: a folder of diffusers has one set of weights; leave --weights out"
         )
@@ -419,4 +419,4 @@ def import_diffusers(
     config = replace(config_of_folder(read), name=Path(out).name)
     model = load_diffusers(read, config)
     said = f"configuration by the folder ({read.type})"
-    return write_run(model, config, out, read.path, "ema", None, said)
+    return write_run(model, config, out, read.path, "released", None, said)

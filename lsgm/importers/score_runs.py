@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ def write_run(
     config: NCSNTrainConfig,
     out: str | Path,
     file: Path,
-    weights: Weights,
+    weights: Weights | Literal["released"],
     steps: int | None,
     said: str,
 ) -> ImportedRun:
