@@ -15,7 +15,7 @@ expectation a tighter one (arXiv 1509.00519), reported apart.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -75,7 +75,9 @@ def ode_data_likelihood(
     Args:
         sde: The diffusion.
         eps_fn: Its noise prediction, of each image by itself.
-        pixels: The map from grey levels to what is diffused, which has to dequantise.
+        pixels: The map from grey levels to what is diffused. It is dequantised here even if the
+            model was trained without: a density has no other meaning for 8-bit images
+            (arXiv 2011.13456 section 4.3 does the same).
         images: ``(B, C, R, R)``, multiples of 1/255 in [0, 1], padded or not.
         draws: K, draws of the dequantisation noise.
         divergence: Exact by default; Hutchinson's serves large images.
@@ -84,11 +86,12 @@ def ode_data_likelihood(
         rng: Draws the dequantisation noise and the probes.
 
     Raises:
-        ValueError: The model was trained without dequantisation, images are not 8-bit, or there is
-            no draw.
+        ValueError: Images are not 8-bit, or there is no draw.
     """
+    convention = DEQUANTISATION
     if not pixels.dequantise:
-        raise ValueError("a model trained without dequantisation has no density of 8-bit images")
+        pixels = replace(pixels, dequantise=True)
+        convention += "; the model was trained without it, as published score-SDE models are"
     if draws < 1:
         raise ValueError(f"need at least one draw, got {draws}")
     levels = 255 * images.double()
@@ -123,5 +126,5 @@ def ode_data_likelihood(
             f"probability-flow ODE from t = {t_end:g}, tolerance {tolerance:g}, "
             f"{type(divergence).__name__}, {draws} draw(s) of the dequantisation noise"
         ),
-        convention=DEQUANTISATION,
+        convention=convention,
     )

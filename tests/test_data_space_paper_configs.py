@@ -24,6 +24,7 @@ from lsgm.datasgm import DataSGM, build_data_model
 from lsgm.networks import NCSNpp
 from lsgm.networks.layers import AttentionBlock
 from lsgm.noise_ladder import select_step
+from lsgm.solvers import DiscretePredictorCorrector
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 TRAINING_IMAGES = {
@@ -33,10 +34,17 @@ TRAINING_IMAGES = {
     "celebahq256": 27_000,
     "celebahq1024": 27_000,
     "ffhq256": 70_000,
+    "ffhq1024": 70_000,
+    "lsun/score_ve_bedroom": 3_033_042,
+    "lsun/score_ve_church": 126_227,
     "lsun/ncsnv2_bedroom": 3_033_042,
     "lsun/ncsnv2_church": 126_227,
     "lsun/ncsnv2_tower": 708_264,
 }
+
+
+def training_images(name: str) -> int:
+    return TRAINING_IMAGES.get(name) or TRAINING_IMAGES[name.split("/")[0]]
 
 
 @dataclass(frozen=True)
@@ -85,9 +93,8 @@ NCSN = {
 class ScoreSDE:
     """Published score-SDE model.
 
-    ``parameters`` of the VE models are those of the released checkpoints without the frozen
-    frequencies (the one of 256 pixels is FFHQ's, whose network is the same); the others follow
-    from the layers (tests/test_networks_ncsn.py).
+    ``parameters`` are those of the released checkpoints; the frozen frequencies count in them.
+    ``predictor`` and ``snr`` (VE) are the published sampler's, ``levels`` those of discrete models.
     """
 
     shape: tuple[int, int]
@@ -102,36 +109,74 @@ class ScoreSDE:
     iterations: int
     ema: float
     evaluations: int
+    predictor: str = "reverse_diffusion"
+    snr: float = 0.16
+    levels: int | None = None
+    ddpm: bool = False
+    lr: float = 2e-4
 
 
 W = (128, 256, 256, 256)
 NONE, RESIDUAL, SKIP = ("none", "none"), ("none", "residual"), ("output_skip", "input_skip")
+HIGH = (128, 128, *[256] * 5)
+HUGE = (16, 32, 64, 128, 256, 512, 512, 512)
+
+
+def ve(parameters: int, blocks: int, levels: int | None = None) -> ScoreSDE:
+    steps = 950_000 if blocks == 8 else 1_300_000
+    return ScoreSDE(
+        (3, 32), parameters, W, blocks, "vesde", 50.0, RESIDUAL, 0.1, 128, steps, 0.999, 2000,
+        levels=levels,
+    )  # fmt: skip
+
+
+def vp(
+    parameters: int, blocks: int, sde: str = "vpsde", levels: int | None = None, ddpm: bool = False
+) -> ScoreSDE:
+    steps = 950_000 if blocks == 8 else 1_300_000
+    predictor = "ancestral" if levels else "euler_maruyama"
+    return ScoreSDE(
+        (3, 32), parameters, W, blocks, sde, None, NONE, 0.1, 128, steps, 0.9999, 1000,
+        predictor, levels=levels, ddpm=ddpm,
+    )  # fmt: skip
+
+
+def high(sigma_max: float) -> ScoreSDE:
+    return ScoreSDE(
+        (3, 256), 65_574_549, HIGH, 2, "vesde", sigma_max, SKIP, 0.0, 64, 2_400_000, 0.999, 4000,
+        snr=0.075,
+    )  # fmt: skip
+
+
+HUGE_VE = ScoreSDE(
+    (3, 1024), 105_785_896, HUGE, 1, "vesde", 1348.0, SKIP, 0.0, 8, 2_400_000, 0.9999, 4000,
+    snr=0.15,
+)  # fmt: skip
 SCORE_SDE = {
-    "cifar10/score_ve": ScoreSDE(
-        (3, 32), 62_758_787, W, 4, "vesde", 50.0, RESIDUAL, 0.1, 128, 1_300_000, 0.999, 2000
+    "cifar10/score_ve": ve(62_758_915, 4),
+    "cifar10/score_ve_deep": ve(107_587_075, 8),
+    "cifar10/score_ve_discrete": ve(62_693_251, 4, levels=1000),
+    "cifar10/score_vp": vp(61_804_419, 4),
+    "cifar10/score_vp_deep": vp(106_632_579, 8),
+    "cifar10/score_vp_discrete": vp(61_804_419, 4, levels=1000),
+    "cifar10/score_vp_ddpm": vp(35_218_947, 2, ddpm=True),
+    "cifar10/score_vp_ddpm_discrete": vp(35_218_947, 2, levels=1000, ddpm=True),
+    "cifar10/score_subvp": vp(61_804_419, 4, "subvpsde"),
+    "cifar10/score_subvp_deep": vp(106_632_579, 8, "subvpsde"),
+    "cifar10/score_subvp_ddpm": vp(35_218_947, 2, "subvpsde", ddpm=True),
+    "celebahq256/score_ve": high(348.0),
+    "ffhq256/score_ve": high(348.0),
+    "lsun/score_ve_bedroom": high(378.0),
+    "lsun/score_ve_church": high(380.0),
+    "celebahq1024/score_ve": HUGE_VE,
+    "ffhq1024/score_ve": HUGE_VE,
+    "celeba/score_ve": ScoreSDE(
+        (3, 64), 62_693_251, W, 4, "vesde", 90.0, RESIDUAL, 0.1, 128, 1_300_000, 0.999, 2000,
+        snr=0.17, levels=1000,
     ),
-    "cifar10/score_ve_deep": ScoreSDE(
-        (3, 32), 107_586_947, W, 8, "vesde", 50.0, RESIDUAL, 0.1, 128, 950_000, 0.999, 2000
-    ),
-    "cifar10/score_vp": ScoreSDE(
-        (3, 32), 61_804_419, W, 4, "vpsde", None, NONE, 0.1, 128, 1_300_000, 0.9999, 1000
-    ),
-    "cifar10/score_vp_deep": ScoreSDE(
-        (3, 32), 106_632_579, W, 8, "vpsde", None, NONE, 0.1, 128, 950_000, 0.9999, 1000
-    ),
-    "cifar10/score_subvp": ScoreSDE(
-        (3, 32), 61_804_419, W, 4, "subvpsde", None, NONE, 0.1, 128, 1_300_000, 0.9999, 1000
-    ),
-    "cifar10/score_subvp_deep": ScoreSDE(
-        (3, 32), 106_632_579, W, 8, "subvpsde", None, NONE, 0.1, 128, 950_000, 0.9999, 1000
-    ),
-    "celebahq256/score_ve": ScoreSDE(
-        (3, 256), 65_574_421, (128, 128, *[256] * 5), 2, "vesde", 348.0, SKIP, 0.0, 64,
-        2_400_000, 0.999, 4000,
-    ),
-    "celebahq1024/score_ve": ScoreSDE(
-        (3, 1024), 105_785_880, (16, 32, 64, 128, 256, 512, 512, 512), 1, "vesde", 1348.0, SKIP,
-        0.0, 8, 2_400_000, 0.9999, 4000,
+    "celebahq256/score_vp_ddpm": ScoreSDE(
+        (3, 256), 111_569_923, (128, 128, 256, 256, 512, 512), 2, "vpsde", None, NONE, 0.0, 64,
+        2_400_000, 0.9999, 1000, "ancestral", levels=1000, ddpm=True, lr=2e-5,
     ),
 }  # fmt: skip
 
@@ -148,7 +193,13 @@ def build(name: str) -> tuple[NCSNTrainConfig, DataSGM]:
 
 
 def count(model: torch.nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+    """With the Fourier frequencies, which are no parameters of ours."""
+    tensors = (*model.parameters(), *model.buffers())
+    return sum(v.numel() for v in tensors) - sum(4 * 4 for m in model.modules() if is_filter(m))
+
+
+def is_filter(module: torch.nn.Module) -> bool:
+    return any(name == "kernel" for name, _ in module.named_buffers(recurse=False))
 
 
 def check_training(
@@ -156,8 +207,7 @@ def check_training(
 ) -> None:
     config, _ = build(name)
     train, optim = config.train, config.optim
-    images = TRAINING_IMAGES.get(name) or TRAINING_IMAGES[name.split("/")[0]]
-    steps = images // batch
+    steps = training_images(name) // batch
     assert (train.batch_size, train.max_steps) == (batch, iterations)
     assert 0 <= train.epochs * steps - iterations < steps
     assert (optim.optimizer, optim.lr, optim.lr_min, optim.eps) == ("adam", lr, lr, adam_eps)
@@ -171,10 +221,10 @@ def check_training(
     keys = {field.name for field in dataclasses.fields(optim)} - {"impl"}
     assert keys == written["optim"].keys() and "stratified_times" in written["objective"]
     assert config.objective.estimator == "dsm" and config.objective.weighting == "unweighted"
-    assert config.score.data_range == "symmetric"
+    assert config.score.data_range == ("unit" if "score_ve" in name else "symmetric")
     # the scale of the published loss, which clipping and Adam's eps see: reduce_mean in the VP and
     # sub-VP models and in the one of 1024 pixels, half the sum elsewhere
-    mean = "vp" in name or name.startswith("celebahq1024")
+    mean = "vp" in name or "1024" in name
     assert config.objective.reduction == ("mean" if mean else "half_sum")
 
 
@@ -217,7 +267,9 @@ def test_score_sde(name: str) -> None:
     assert all(len(level.blocks) == expected.blocks for level in network.down)
     sides = [network.resolution >> i for i in range(len(widths))]
     assert [bool(level.attentions) for level in network.down] == [s == 16 for s in sides]
-    assert sum(isinstance(m, AttentionBlock) for m in network.modules()) == expected.blocks + 2
+    attends = 16 in sides
+    blocks = sum(isinstance(m, AttentionBlock) for m in network.modules())
+    assert blocks == (expected.blocks + 2 if attends else 1)
     options = config.score.ncsnpp
     assert (options.progressive, options.progressive_input) == expected.pyramids
     assert options.dropout == expected.dropout
@@ -227,17 +279,24 @@ def test_score_sde(name: str) -> None:
     assert (sde.kind, sde.time_eps) == (expected.sde, 1e-5)
     if expected.sigma_max is None:
         assert (sde.beta_start, sde.beta_end) == (0.1, 20.0)
-        assert config.score.condition == "time" and not options.fir
-        assert (options.embedding_type, options.embedding_scale) == ("positional", 999)
-        assert options.embedding_dim == options.num_channels
+        assert not options.fir and not config.score.centre_input
     else:
-        assert sde.sigma2_min == pytest.approx(0.02**2)
-        assert sde.sigma2_max == pytest.approx((2 * expected.sigma_max) ** 2)
-        assert config.score.condition == "log_sigma" and options.fir
-        # frequencies of scale 16 for ln(sigma), of which the network is given a quarter
-        assert (options.embedding_type, options.embedding_scale / 4) == ("fourier", 16)
-        assert options.embedding_dim == 2 * options.num_channels
-    check_training(name, expected.batch, expected.iterations, 2e-4, expected.ema)
+        assert (sde.sigma2_min, sde.sigma2_max) == (0.01**2, expected.sigma_max**2)
+        assert options.fir and config.score.centre_input
+    # the time as the network is told it: a level, ln(sigma), or 999 t
+    condition, embedding = config.score.condition, (options.embedding_type, options.embedding_scale)
+    assert config.score.discrete_levels == expected.levels
+    if expected.levels is not None:
+        assert (condition, embedding) == ("index", ("positional", 1))
+    elif expected.sigma_max is not None:
+        assert (condition, embedding) == ("ln_sigma", ("fourier", 16))
+    else:
+        assert (condition, embedding) == ("time", ("positional", 999))
+    twice = 2 if options.embedding_type == "fourier" else 1
+    assert options.embedding_dim == twice * options.num_channels
+    ddpm = (options.block, options.rescale, options.norm_groups) == ("ddpm", False, 32)
+    assert ddpm == expected.ddpm
+    check_training(name, expected.batch, expected.iterations, expected.lr, expected.ema)
     assert (config.optim.warmup_steps, config.optim.clip_norm) == (5000, 1)
 
 
@@ -249,21 +308,25 @@ def test_score_sde_sampler(name: str) -> None:
     _, model = build(name)
     expected = SCORE_SDE[name]
     solver, times = model.default_solver()
-    assert solver.denoise
+    assert isinstance(solver, DiscretePredictorCorrector) and solver.denoise
+    assert (solver.predictor, solver.levels) == (expected.predictor, expected.levels)
     assert solver.evaluations(len(times) - 1) == expected.evaluations
     assert len(times) == expected.evaluations // (2 if expected.sigma_max else 1)
     assert times[-1] == (1e-5 if expected.sigma_max else 1e-3)
     assert times.diff().diff().abs().max() < 1e-12
     if expected.sigma_max:
         assert (solver.corrector_steps, solver.norm) == (1, "batch")
+        assert solver.snr == expected.snr
+    else:
+        assert solver.corrector_steps == 0
 
 
 @pytest.mark.parametrize(
     "name",
     [
         "mnist/ncsn", "celeba/ncsnv2", "lsun/ncsnv2_church", "ffhq256/ncsnv2",
-        "cifar10/score_ve", "cifar10/score_vp",
-        "celebahq256/score_ve", "celebahq1024/score_ve",
+        "cifar10/score_ve", "cifar10/score_vp", "celebahq256/score_ve", "celebahq1024/score_ve",
+        "cifar10/score_vp_ddpm",
     ],
 )  # fmt: skip
 def test_forward_pass(name: str) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from lsgm.data_likelihood import ode_data_likelihood
 from lsgm.datasgm import DataSGM
 from lsgm.divergence import make_divergence
-from lsgm.errors import UserError
 from lsgm.evaluation.nll import LikelihoodReport, Values, with_generators
 
 __all__ = ["data_ode_bound"]
@@ -34,7 +33,7 @@ def data_ode_bound(
     (2011.13456, Sec. 4.3), one solve a draw of the dequantisation noise.
 
     Args:
-        model: A score model of images, trained with dequantisation.
+        model: A score model of images.
         batches: ``(b, C, R, R)`` in [-1, 1], padded or not.
         tolerance: Of the ODE.
         divergence: By name; ``exact`` costs one backward pass a pixel.
@@ -42,16 +41,8 @@ def data_ode_bound(
         seed: Of noise and probes.
         callback: Receives the number of images of each batch.
         **settings: Noted in the report.
-
-    Raises:
-        UserError: The model was trained without dequantisation and has no such likelihood.
     """
     start = time.perf_counter()
-    if not model.pixels.dequantise:
-        raise UserError(
-            "--metrics bits: this model was trained without dequantisation (score.dequantise) and "
-            "has no density of 8-bit images"
-        )
     values, calls, words = Values(), [], ("", "")
     for x, rng in with_generators(batches, seed):
         found = ode_data_likelihood(

@@ -5,9 +5,8 @@ the conventions of its published checkpoints.
 the predictor, whose last mean is the result. Where :mod:`lsgm.solvers.predictor_corrector` takes
 the exact transition between neighbouring times, these take a step of ``1/N`` of the continuous SDE
 (Euler-Maruyama), or the step that leads to noise level ``i = floor(t (N - 1))`` of a table of ``N``
-levels: ``sigma_i`` geometric (VE), ``beta_i`` linear (VP). ``floor`` acts on float32, so that some
-of the first indices lie one lower. All that matters little to the samples and much to whoever wants
-to see the published ones again.
+levels: ``sigma_i`` geometric (VE), ``beta_i`` linear (VP); ``floor`` acts on float32. All that
+matters little to the samples and much to whoever wants to see the published ones again.
 """
 
 from __future__ import annotations
