@@ -11,6 +11,7 @@ from torch import Tensor
 from lsgm.errors import UserError
 from lsgm.options import SolverOptions
 from lsgm.protocols import DiffusionModel
+from lsgm.sde import VESDE
 from lsgm.solvers import (
     SOLVERS,
     AnnealedLangevin,
@@ -39,6 +40,12 @@ PILOT_GRID = "pilot"
 PILOT_IMAGES = 16
 LADDER_GRID = "ladder"
 MODEL_ALPHA = "model"
+FEW_STEP_SHARE = 10
+"""With fewer evaluations than this share of what a model's own stochastic sampler recommends, it is
+our few-step solver that is meant."""
+FINE_NFE = 20
+"""Up to so many evaluations a variance-exploding model's time is best spent where the noise is as
+large as the data (docs/few_step/images.md); from then on evenly in ln(sigma)."""
 
 SOLVER_OPTIONS: dict[str, tuple[str, ...]] = {
     "tolerance": ("rtol", "atol"),
@@ -113,7 +120,8 @@ def resolve(model: object, options: SolverOptions) -> tuple[SolverOptions, dict[
     Without a named solver it is the one that the model recommends (its ``defaults``). Any solver
     takes the model's last time and, of its recommended arguments, those that it has; the
     recommended solver, named or not, also its evaluations and grid. Models that recommend nothing
-    take :data:`DEFAULT_SOLVER` down to :data:`DEFAULT_T_END`.
+    take :data:`DEFAULT_SOLVER` down to :data:`DEFAULT_T_END`, and so do models of images that
+    recommend noise and many evaluations where few are asked for (:func:`_means_few_steps`).
 
     Raises:
         UserError: The solver is unknown.
@@ -122,6 +130,8 @@ def resolve(model: object, options: SolverOptions) -> tuple[SolverOptions, dict[
     if defaults is None:
         t_end = DEFAULT_T_END if options.t_end is None else options.t_end
         return replace(options, solver=options.solver or DEFAULT_SOLVER, t_end=t_end), {}
+    if _means_few_steps(defaults, options):
+        return _few_steps(model, options)
     solver = options.solver or defaults.solver
     _parameters(solver)
     t_end = defaults.t_end if options.t_end is None else options.t_end
@@ -131,6 +141,35 @@ def resolve(model: object, options: SolverOptions) -> tuple[SolverOptions, dict[
             filled, nfe=options.nfe or defaults.nfe, grid=options.grid or defaults.grid
         )
     return filled, defaults.options_of(solver)
+
+
+def _means_few_steps(defaults: Any, options: SolverOptions) -> bool:
+    """Whether the evaluations or the grid asked for are none for the recommended sampler, which
+    draws noise, and nothing else says that it is meant.
+    """
+    if not {"nfe", "grid"}.issuperset(given_solver_options(options)):
+        return False
+    if not make_solver(defaults.solver, **defaults.options_of(defaults.solver)).stochastic:
+        return False
+    few = options.nfe is not None and options.nfe * FEW_STEP_SHARE <= defaults.nfe
+    return options.grid != LADDER_GRID and (few or options.grid == PILOT_GRID)
+
+
+def _few_steps(model: Any, options: SolverOptions) -> tuple[SolverOptions, dict[str, Any]]:
+    """:data:`DEFAULT_SOLVER` on the model's time."""
+    defaults, nfe = model.defaults, options.nfe or DEFAULT_NFE
+    noisy = model.sde.var(torch.tensor([defaults.t_end], dtype=torch.float64)).item() > 0
+    grid = options.grid
+    if grid is None and isinstance(model.sde, VESDE):
+        grid = "phi" if nfe <= FINE_NFE else "log_snr"
+    filled = replace(
+        options,
+        solver=DEFAULT_SOLVER,
+        nfe=nfe,
+        grid=grid,
+        t_end=defaults.t_end if noisy else DEFAULT_T_END,
+    )
+    return filled, defaults.options_of(DEFAULT_SOLVER)
 
 
 def choose_solver(model: DiffusionModel, options: SolverOptions) -> tuple[Solver, Tensor]:
