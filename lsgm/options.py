@@ -65,9 +65,10 @@ class SolverOptions:
     eta: float | None = None
     """Noise of ddim: 0 deterministic, 1 ancestral."""
     predictor: str | None = None
-    """Predictor of predictor_corrector: reverse_diffusion, euler_maruyama, ancestral, ..."""
+    """Predictor of predictor_corrector, discrete_pc: reverse_diffusion, euler_maruyama, ancestral,
+    ..."""
     corrector_steps: int | None = None
-    """Langevin steps of predictor_corrector at each time."""
+    """Langevin steps of predictor_corrector, discrete_pc at each time."""
     snr: float | None = None
     """Signal-to-noise ratio of those steps."""
     norm: str | None = None

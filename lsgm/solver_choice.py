@@ -40,9 +40,10 @@ PILOT_GRID = "pilot"
 PILOT_IMAGES = 16
 LADDER_GRID = "ladder"
 MODEL_ALPHA = "model"
+PUBLISHED_SOLVERS = ("discrete_pc", "ddpm")
 FEW_STEP_SHARE = 10
-"""With fewer evaluations than this share of what a model's own stochastic sampler recommends, it is
-our few-step solver that is meant."""
+"""Our few-step solver is meant with fewer evaluations than a published sampler takes, which is made
+for its own number, and with this share of what another stochastic sampler recommends."""
 FINE_NFE = 20
 """Up to so many evaluations a variance-exploding model's time is best spent where the noise is as
 large as the data (docs/few_step/images.md); from then on evenly in ln(sigma)."""
@@ -147,18 +148,25 @@ def _means_few_steps(defaults: Any, options: SolverOptions) -> bool:
     """Whether the evaluations or the grid asked for are none for the recommended sampler, which
     draws noise, and nothing else says that it is meant.
     """
-    if not {"nfe", "grid"}.issuperset(given_solver_options(options)):
+    own_of_none = {"nfe", "grid", "t_end", "denoise", "state_dtype"}
+    if not own_of_none.issuperset(given_solver_options(options)):
         return False
-    if not make_solver(defaults.solver, **defaults.options_of(defaults.solver)).stochastic:
+    try:
+        own = make_solver(defaults.solver, **defaults.options_of(defaults.solver))
+    except ValueError:
+        return False  # which is said where it is used
+    if not own.stochastic:
         return False
-    few = options.nfe is not None and options.nfe * FEW_STEP_SHARE <= defaults.nfe
+    share = 1 if defaults.solver in PUBLISHED_SOLVERS else FEW_STEP_SHARE
+    few = options.nfe is not None and options.nfe < defaults.nfe / share
     return options.grid != LADDER_GRID and (few or options.grid == PILOT_GRID)
 
 
 def _few_steps(model: Any, options: SolverOptions) -> tuple[SolverOptions, dict[str, Any]]:
     """:data:`DEFAULT_SOLVER` on the model's time."""
     defaults, nfe = model.defaults, options.nfe or DEFAULT_NFE
-    noisy = model.sde.var(torch.tensor([defaults.t_end], dtype=torch.float64)).item() > 0
+    last = torch.tensor([defaults.t_end], dtype=torch.float64)
+    t_end = defaults.t_end if model.sde.var(last).item() > 0 else DEFAULT_T_END
     grid = options.grid
     if grid is None and isinstance(model.sde, VESDE):
         grid = "phi" if nfe <= FINE_NFE else "log_snr"
@@ -167,7 +175,7 @@ def _few_steps(model: Any, options: SolverOptions) -> tuple[SolverOptions, dict[
         solver=DEFAULT_SOLVER,
         nfe=nfe,
         grid=grid,
-        t_end=defaults.t_end if noisy else DEFAULT_T_END,
+        t_end=t_end if options.t_end is None else options.t_end,
     )
     return filled, defaults.options_of(DEFAULT_SOLVER)
 

@@ -72,7 +72,8 @@ def test_few_evaluations_are_ours(name: str) -> None:
     assert solver_name(model, options) == "normal_reference_pc"
     drawn = draw_samples(model, 3, options)
     assert drawn.nfe == 10 and drawn.solver == "normal_reference_pc"
-    assert torch.equal(drawn.images, draw_samples(model, 3, SolverOptions(nfe=10)).images)
+    whole = draw_samples(model, 3, SolverOptions(nfe=10)).images
+    assert torch.allclose(drawn.images, whole, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -88,9 +89,11 @@ def test_what_names_the_own_sampler_keeps_it() -> None:
     for options in (
         SolverOptions(nfe=20, snr=0.1),
         SolverOptions(nfe=20, solver="discrete_pc"),
-        SolverOptions(nfe=1000),
+        SolverOptions(nfe=3000),
     ):
         assert isinstance(choose_solver(model, options)[0], PredictorCorrector)
+    half = choose_solver(build("vp"), SolverOptions(nfe=500))[0]
+    assert isinstance(half, PredictorCorrector)  # which does not need its own number
     ladder = SolverOptions(nfe=20, grid="ladder")
     solver, times = choose_solver(build("ncsn"), ladder)
     assert isinstance(solver, AnnealedLangevin) and len(times) == 10
@@ -109,8 +112,8 @@ def test_a_pilot_grid_is_for_our_solver() -> None:
         parameter.data += 0.05 * torch.randn(
             parameter.shape, generator=torch.Generator().manual_seed(1)
         )
-    fitted, times = choose_solver(model, SolverOptions(nfe=6, grid="pilot"))
-    plain, even = choose_solver(model, SolverOptions(nfe=6))
+    fitted, times = choose_solver(model, SolverOptions(nfe=4, grid="pilot"))
+    plain, even = choose_solver(model, SolverOptions(nfe=4))
     exact, ends = choose_solver(model, SolverOptions(solver="dopri5", denoise=True))
     rng = torch.Generator().manual_seed(2)
     start = model.sde.prior_sample((8, *model.state_shape), rng, device="cpu")
@@ -118,5 +121,5 @@ def test_a_pilot_grid_is_for_our_solver() -> None:
         solver.solve(model.sde, model.score, start, grid)
         for solver, grid in ((fitted, times), (plain, even), (exact, ends))
     )
-    assert ours.nfe <= 6
+    assert ours.nfe <= 4
     assert (ours.x - flow.x).norm() < 0.5 * (default.x - flow.x).norm()

@@ -31,6 +31,7 @@ from lsgm.importers.formats import detect_format
 from lsgm.importers.score_sde import import_score_sde
 from lsgm.options import SampleOptions
 from lsgm.solver_choice import choose_solver
+from lsgm.solvers import NormalReference
 
 SPEC = DataSpec("folder", 3, 8, 0, binary=False, flip=True)
 NETWORK = PriorNetworkConfig(
@@ -116,6 +117,12 @@ def test_the_same_model_comes_back(config: NCSNTrainConfig, prefix: str, tmp_pat
         times, averaged.default_solver()[1]
     )
     assert averaged.sample(2, torch.Generator().manual_seed(0)).nfe == config.sampler.nfe
+    # and with fewer evaluations as a model of ours
+    solver, times = choose_solver(averaged, replace(options, nfe=10))
+    assert isinstance(solver, NormalReference) and solver.denoise
+    assert solver.evaluations(len(times) - 1) == 10 and times[-1] == config.sampler.t_end
+    named, _ = choose_solver(averaged, replace(options, solver="discrete_pc"))
+    assert named == averaged.default_solver()[0]
 
 
 def test_tensors_of_a_gpu_are_read_without_one(files: tuple[Path, Path], tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 r"""DDPM's sampler to the letter: arXiv 2006.11239 algorithm 2 on the chain's own levels.
 
-``n`` of the chain's ``N`` levels are ``k floor(N / n)``, ``k = n - 1 ... 0``, as diffusers'
-``DDPMScheduler`` takes them. From one level to the next one down the state is drawn from ``q(x_s |
-x_t, x_0)`` (ibid. eq. 7) with the network's ``x_0``, which may be clipped to the data's range; the
-last step gives ``x_0`` itself, which is the solver's ``denoise``.
+An even grid of ``n`` times stands for the levels ``k floor(N / n)``, ``k = n - 1 ... 0``, as
+diffusers' ``DDPMScheduler`` takes them of ``N``; of another grid it is the nearest ones. From one
+level to the next one down the state is drawn from ``q(x_s | x_t, x_0)`` (ibid. eq. 7) with the
+network's ``x_0``, which may be clipped to the data's range; the last step gives ``x_0`` itself,
+which is the solver's ``denoise``.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from lsgm.solvers.base import Problem, StepSolver
 
 __all__ = ["DDPM"]
 
+LATEST_END = 0.01
+
 
 @dataclass(frozen=True, kw_only=True)
 class DDPM(StepSolver):
     """Ancestral sampling of a discrete variance-preserving diffusion.
 
-    Given times have to be even and to end at 0; they say how many levels are taken, which lie at
-    times of their own.
+    Given times have to go down to the data.
 
     Arguments:
         levels: ``N`` of the chain.
@@ -62,16 +64,21 @@ class DDPM(StepSolver):
         times = super().check(sde, times)
         if not isinstance(sde, VPSDE):
             raise ValueError(f"is for variance-preserving diffusions, not a {type(sde).__name__}")
-        if times[-1] > 0:
-            raise ValueError("the chain ends at its first level: t_end 0")
+        if times[-1] > LATEST_END:
+            raise ValueError(f"the chain ends at its first level: t_end 0 to {LATEST_END:g}")
         n = len(times)
         if n > self.levels:
             raise ValueError(f"the chain has {self.levels} levels, which are not enough for {n}")
-        chain = torch.arange(n - 1, -1, -1, dtype=torch.float64) * (self.levels // n)
-        own, even = chain / (self.levels - 1), torch.linspace(1, 0, n, dtype=torch.float64)
-        if min((times - even).abs().max(), (times - own).abs().max()) > 1e-6:
-            raise ValueError("the chain's levels lie evenly: grid time")
-        return own
+        levels = (times * (self.levels - 1)).round()
+        even = torch.linspace(1, float(times[-1]), n, dtype=torch.float64)
+        if (times - even).abs().max() < 1e-6:
+            levels = torch.arange(n - 1, -1, -1, dtype=torch.float64) * (self.levels // n)
+        if not (levels.diff() < 0).all():
+            raise ValueError(
+                f"two times of the grid fall on one of the chain's {self.levels} levels: fewer "
+                "evaluations, or grid time"
+            )
+        return levels / (self.levels - 1)
 
     def _alphas_cumprod(self, problem: Problem) -> Tensor:
         assert isinstance(problem.sde, VPSDE)

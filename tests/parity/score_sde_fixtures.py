@@ -5,6 +5,7 @@ of each in our terms, from the options that are stored with it.
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +32,7 @@ from lsgm.networks.ncsn import DEPTHS
 
 PREDICTORS = {"ancestral_sampling": "ancestral"}
 CORRECTORS = {"langevin": "batch", "ald": "expected"}
+REFINENETS = {"ncsnv2_64": 64, "ncsnv2_128": 128, "ncsnv2_256": math.inf}
 KINDS = {"vesde": "vesde", "vpsde": "vpsde", "subvpsde": "subvpsde"}
 
 
@@ -137,7 +139,7 @@ def configuration(options: dict[str, Any], name: str) -> NCSNTrainConfig:
         model.get("sigma_max", 50),
         model["num_scales"],
     )
-    mult, dilations = next(depth for side, depth in DEPTHS.items() if data["image_size"] <= side)
+    mult, dilations = DEPTHS[REFINENETS.get(model["name"], 64)]
     network = PriorNetworkConfig() if refinenet else _network(model)
     if not ve and continuous:
         network = PriorNetworkConfig(**{**network.__dict__, "embedding_scale": 999.0})

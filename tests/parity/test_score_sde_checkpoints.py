@@ -333,7 +333,8 @@ def test_imported_runs_carry_the_published_sampler(fixture: Fixture, tmp_path: A
     solver, times = model.default_solver()
     expected = published(fixture)
     sampling = fixture.options["sampling"]
-    assert isinstance(solver, DiscretePredictorCorrector) and solver.denoise
+    assert isinstance(solver, DiscretePredictorCorrector)
+    assert solver.denoise == sampling["noise_removal"]
     assert (solver.predictor, solver.corrector_steps) == (
         expected.predictor,
         expected.corrector_steps,
