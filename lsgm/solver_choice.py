@@ -11,7 +11,7 @@ from torch import Tensor
 from lsgm.errors import UserError
 from lsgm.options import SolverOptions
 from lsgm.protocols import DiffusionModel
-from lsgm.sde import VESDE
+from lsgm.sde import VESDE, LinearSDE
 from lsgm.solvers import (
     SOLVERS,
     AnnealedLangevin,
@@ -28,6 +28,7 @@ __all__ = [
     "DEFAULT_SOLVER",
     "SOLVER_OPTIONS",
     "choose_solver",
+    "few_step_grid",
     "given_solver_options",
     "resolve",
     "solver_arguments",
@@ -162,14 +163,19 @@ def _means_few_steps(defaults: Any, options: SolverOptions) -> bool:
     return options.grid != LADDER_GRID and (few or options.grid == PILOT_GRID)
 
 
+def few_step_grid(sde: LinearSDE, nfe: int) -> str | None:
+    """Grid of :data:`DEFAULT_SOLVER` on the diffusion of images; None: its own."""
+    if not isinstance(sde, VESDE):
+        return None
+    return "phi" if nfe <= FINE_NFE else "log_snr"
+
+
 def _few_steps(model: Any, options: SolverOptions) -> tuple[SolverOptions, dict[str, Any]]:
     """:data:`DEFAULT_SOLVER` on the model's time."""
     defaults, nfe = model.defaults, options.nfe or DEFAULT_NFE
     last = torch.tensor([defaults.t_end], dtype=torch.float64)
     t_end = defaults.t_end if model.sde.var(last).item() > 0 else DEFAULT_T_END
-    grid = options.grid
-    if grid is None and isinstance(model.sde, VESDE):
-        grid = "phi" if nfe <= FINE_NFE else "log_snr"
+    grid = options.grid or few_step_grid(model.sde, nfe)
     filled = replace(
         options,
         solver=DEFAULT_SOLVER,
