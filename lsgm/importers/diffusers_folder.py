@@ -394,7 +394,7 @@ def load_diffusers(folder: DiffusersFolder, config: NCSNTrainConfig) -> DataSGM:
     except ValueError as error:
         raise UserError(f"{said}: {error}") from error
     named = {f"network.{name}": value for name, value in state.items()}
-    check_weights(model, named, left, said)
+    check_weights(model, named, left, said, "take both from the same repository")
     return put_weights(model, named, folder.path)
 
 

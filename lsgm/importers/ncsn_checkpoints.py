@@ -218,7 +218,8 @@ def _fitted(
         state = refinenet_weights(model.score, left, unit)  # type: ignore[arg-type]
     except ValueError as error:
         raise UserError(f"{said}: {error}") from error
-    check_weights(model, state, left, said)
+    hint = "give the run's own config.yml with --config, or download the file again"
+    check_weights(model, state, left, said, hint)
     return model, state
 
 

@@ -46,12 +46,12 @@ def meta_model(config: NCSNTrainConfig) -> DataSGM:
 
 
 def check_weights(
-    model: DataSGM, state: Mapping[str, Tensor], left: Iterable[str], said: str
+    model: DataSGM, state: Mapping[str, Tensor], left: Iterable[str], said: str, hint: str = ""
 ) -> None:
     """Refuse weights that do not fit the model's score, or that are ``left`` over.
 
     Raises:
-        UserError: ``said``, and the first few problems.
+        UserError: ``said``, the first few problems, and the ``hint`` what to do.
     """
     expected = model.score.state_dict()
     problems = [f"{name} is missing" for name in expected if name not in state]
@@ -63,7 +63,7 @@ def check_weights(
         if name in expected and value.shape != expected[name].shape
     ]
     if problems:
-        raise UserError(f"{said}: {few(problems, '; ')}")
+        raise UserError(f"{said}: {few(problems, '; ')}{hint and '; '}{hint}")
 
 
 def put_weights(model: DataSGM, state: Mapping[str, Tensor], path: Path) -> DataSGM:
@@ -90,8 +90,10 @@ def write_run(
     weights: Weights | Literal["released"],
     steps: int | None,
     said: str,
+    named: str | None = None,
 ) -> ImportedRun:
-    """Write the run folder ``out``.
+    """Write the run folder ``out``; ``said``: how the configuration was found, ``named``: what it
+    is called (None: its own name).
 
     Raises:
         UserError: It already holds a run.
@@ -100,7 +102,7 @@ def write_run(
     save_config(replace(config, name=run.path.name), run.config)
     notes = {
         "steps": steps,
-        "imported": {"file": file.name, "weights": weights, "config": config.name},
+        "imported": {"file": file.name, "weights": weights, "config": named or config.name},
     }
     save(model, run.path, config.data, notes)
     size = sum(p.numel() for p in model.parameters())
