@@ -17,7 +17,8 @@ from lsgm.data.spec import DataSpec
 from lsgm.datasgm import build_data_model
 from lsgm.errors import UserError
 from lsgm.exporters.diffusers import export_score_model
-from lsgm.importers.diffusers_folder import config_of_folder, import_diffusers, read_diffusers
+from lsgm.importers.diffusers_folder import config_of_folder, import_diffusers
+from lsgm.importers.diffusers_reading import read_diffusers
 from lsgm.importers.formats import detect_format
 from lsgm.importers.score_runs import meta_model
 

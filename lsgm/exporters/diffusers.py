@@ -19,19 +19,16 @@ from lsgm.config import PriorNetworkConfig
 from lsgm.datasgm import DataScore, DataSGM
 from lsgm.errors import UserError
 from lsgm.exporters.folder import new_folder, write_part
-from lsgm.importers.diffusers_folder import (
-    BLOCKS,
-    COMMON,
+from lsgm.importers.diffusers_folder import BLOCKS, COMMON, TYPE, config_of_folder
+from lsgm.importers.diffusers_names import published_unet_weights
+from lsgm.importers.diffusers_reading import (
     DDPM,
     EXPLODING,
     SCHEDULER,
-    TYPE,
     UNET,
     WEIGHTS,
     DiffusersFolder,
-    config_of_folder,
 )
-from lsgm.importers.diffusers_names import published_unet_weights
 from lsgm.importers.score_runs import meta_model
 from lsgm.networks.ncsnpp import NCSNpp
 from lsgm.sde import VESDE, VPSDE

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lsgm.errors import UserError
-from lsgm.importers.diffusers_folder import import_diffusers, is_diffusers
+from lsgm.importers.diffusers_folder import import_diffusers
+from lsgm.importers.diffusers_reading import is_diffusers
 from lsgm.importers.ncsn_checkpoints import import_ncsn, import_ncsnv2, is_ncsn, is_ncsnv2
 from lsgm.importers.parts import import_parts, is_parts
 from lsgm.importers.reading import read_checkpoint
