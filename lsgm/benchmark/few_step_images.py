@@ -149,7 +149,11 @@ def _run_case(folder: Path, options: FewStepImagesOptions) -> tuple[Case, Solver
     t_end = model.defaults.t_end if model.sde.var(last).item() > 0 else SMALLEST_TIME
     solver, times = model.default_solver()
     zero = torch.zeros(())
-    case = _case(folder.name, model.sde, model.score, model.state_shape, options, t_end, zero)
+
+    def eps(x: Tensor, t: Tensor) -> Tensor:
+        return model.score(x.to(zero), t.to(zero))  # the exact flow's state is float64
+
+    case = _case(folder.name, model.sde, eps, model.state_shape, options, t_end, zero)
     return case, solver, times
 
 
