@@ -213,6 +213,11 @@ class SamplerConfig:
     """predictor_corrector: norms that scale the corrector's step: image, each image's own, so that
     an image does not depend on its batch; batch, their means over the batch (as published);
     expected."""
+    clip: bool = True
+    """ddpm: clip the image that each step predicts to the range of pixels."""
+    variance: Literal["small", "large"] = "small"
+    """ddpm: variance of a step, that of the exact posterior or the chain's beta (2006.11239,
+    section 3.2)."""
     start: Literal["prior", "uniform"] = "prior"
     """langevin: noise to start from: the largest level's, or uniform over the data range (as
     published for NCSN). Other solvers start from the prior."""
@@ -233,6 +238,10 @@ class SamplerConfig:
         require(
             self.norm in ("image", "batch", "expected"),
             f"norm: must be image, batch or expected, not {self.norm}",
+        )
+        require(
+            self.variance in ("small", "large"),
+            f"variance: must be small or large, not {self.variance}",
         )
         require(
             self.start in ("prior", "uniform"),

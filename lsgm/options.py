@@ -34,7 +34,8 @@ class SolverOptions:
 
     solver: str | None = None
     """Solver by name: normal_reference_pc, dopri5 (adaptive), heun, ... (lsgm.solvers.SOLVERS).
-    None: what a model of images recommends; normal_reference_pc for an LSGM. Any solver takes what
+    None: what a model of images recommends, but normal_reference_pc where nfe is at most a tenth of
+    its evaluations or grid is pilot; normal_reference_pc for an LSGM. Any solver takes what
     a model of images recommends for it (t_end, denoise, snr, ...) unless given here."""
     nfe: int | None = None
     """Network evaluations per batch, 10 unless the model recommends otherwise; adaptive solvers
