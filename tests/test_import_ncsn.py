@@ -310,7 +310,7 @@ BAD: dict[str, tuple[str, Callable[[Path], list[object]], str]] = {
         "ncsn",
         lambda d: [first(d), (d / "checkpoint.pth").write_bytes(
             (d / "checkpoint.pth").read_bytes()[:999])],
-        "not a readable PyTorch file",
+        "not a file of torch.save",
     ),
     "a dictionary": (
         "ncsn", lambda d: [d / "x.pth", torch.save({"model": 1}, d / "x.pth")], "a dictionary",

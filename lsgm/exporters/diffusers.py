@@ -80,7 +80,8 @@ def folder_of(model: DataSGM) -> DiffusersFolder:
     elif not isinstance(model.sde, VPSDE) or model.sde.sigma2_0 > 0:
         raise UserError("diffusers has no scheduler of this SDE; it has those of vesde and vpsde")
     scheduler = (_exploding_scheduler if exploding else _chain_scheduler)(model)
-    folder = DiffusersFolder(Path("the model"), _unet(model, exploding), scheduler, {})
+    here = Path("the model")
+    folder = DiffusersFolder(here, here, _unet(model, exploding), scheduler, {})
     _check(model.score.network, folder)
     weights = published_unet_weights(model.score.network, state, exploding)
     return replace(folder, weights=weights)

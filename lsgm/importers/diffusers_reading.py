@@ -33,7 +33,7 @@ EXPLODING, DDPM = "ScoreSdeVeScheduler", "DDPMScheduler"
 
 @dataclass(frozen=True)
 class DiffusersFolder:
-    """A folder's contents; ``weights`` are those of ``file``, memory mapped where its format allows."""
+    """A folder and its parts; ``weights`` are those of ``file``, mapped if its format allows."""
 
     path: Path
     file: Path
