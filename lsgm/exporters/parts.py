@@ -3,9 +3,9 @@
 ::
 
     DIR/model_index.json               the parts, and the images that the model is of
-    DIR/autoencoder/config.json        options of the hierarchical VAE (lsgm.config.architecture.VAEConfig)
+    DIR/autoencoder/config.json        options of the hierarchical VAE (lsgm.config: VAEConfig)
     DIR/autoencoder/model.safetensors  its weights, by the names of vae.HierarchicalVAE
-    DIR/prior/config.json              options of the score-based prior (lsgm.config.architecture.PriorConfig)
+    DIR/prior/config.json              options of the score-based prior (lsgm.config: PriorConfig)
     DIR/prior/model.safetensors        its weights, by the names of lsgm.score.MixedNormalScore
 
 A VAE has no prior. Weights are float32 (counters int64). ``import_checkpoint.py`` turns the folder
@@ -33,9 +33,9 @@ README = f"""# Exported by lsgm {lsgm.__version__}
 | file | what |
 |---|---|
 | `model_index.json` | the parts, and the images that the model is of (`spec`, `data`) |
-| `autoencoder/config.json` | options of the hierarchical VAE, as `lsgm.config.architecture.VAEConfig` |
+| `autoencoder/config.json` | options of the hierarchical VAE (`VAEConfig`) |
 | `autoencoder/model.safetensors` | its weights, by the names of `vae.HierarchicalVAE` |
-| `prior/config.json` | options of the score-based prior, as `lsgm.config.architecture.PriorConfig` |
+| `prior/config.json` | options of the score-based prior (`PriorConfig`) |
 | `prior/model.safetensors` | its weights, by the names of `lsgm.score.MixedNormalScore` |
 
 A plain VAE has no prior. `python scripts/import_checkpoint.py auto DIR --out RUN` makes a run of
