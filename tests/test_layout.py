@@ -39,6 +39,7 @@ FLOORS = """
     lsgm.training.evaluation
     lsgm.training.runs
     lsgm.importers lsgm.benchmark
+    lsgm.exporters
     lsgm.commands
     scripts
 """

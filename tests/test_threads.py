@@ -27,7 +27,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-COMMANDS = {"benchmark": ["train"], "edit": ["reconstruct"], "import_checkpoint": ["official-lsgm"]}
+COMMANDS = {
+    "benchmark": ["train"],
+    "edit": ["reconstruct"],
+    "import_checkpoint": ["official-lsgm"],
+    "export_checkpoint": ["run", "--to", "diffusers", "--out", "x"],
+}
 
 
 def settings_at_torch(script: Path, **environment: str) -> list[str]:

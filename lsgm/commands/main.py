@@ -50,6 +50,7 @@ COMMANDS = {
     "import": Command(
         "lsgm.importers.command:import_command", "make a run of another implementation's checkpoint"
     ),
+    "export": Command("lsgm.exporters.command:export_command", "write a run for other software"),
     "benchmark": Command("lsgm.commands.benchmark:benchmark", "measure speed, memory, variance"),
     "configs": Command(
         "lsgm.commands.configs:configs", "list the configurations that come with lsgm, or print one"
