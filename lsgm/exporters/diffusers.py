@@ -227,11 +227,8 @@ def _layers(network: nn.Module) -> dict[str, str]:
     for name, module in network.named_modules():
         style = getattr(module, "style", None)
         said = [type(module).__name__]
-        said += [
-            f"{key} {value}"
-            for key, value in (vars(style) if style else {}).items()
-            if key == "rescale"
-        ]
+        if hasattr(style, "rescale"):
+            said.append(f"rescale {style.rescale}")
         if isinstance(module, nn.GroupNorm):
             said.append(f"{module.num_groups} groups")
         own = {key: tuple(value.shape) for key, value in module.named_parameters(recurse=False)}
