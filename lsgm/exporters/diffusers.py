@@ -225,7 +225,7 @@ def _layers(network: nn.Module) -> dict[str, str]:
     """Kinds, numbers and sizes of all layers, in words."""
     described = {}
     for name, module in network.named_modules():
-        style = getattr(module, "style", None)
+        style: Any = getattr(module, "style", None)
         said = [type(module).__name__]
         if hasattr(style, "rescale"):
             said.append(f"rescale {style.rescale}")
