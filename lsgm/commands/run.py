@@ -1,8 +1,8 @@
 """What every command does around its main function: the allocator is set, and signals and errors
 become one line and an exit code.
 
-Nothing here imports torch, so that a script which imports this first, and the rest inside its main
-function, ends with one line also while it is loading.
+Nothing here imports torch, so that a command which is imported within ends with one line also while
+it is loading.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Call `main` and exit: 0 done, 2 a user's mistake, 128 + signal (130: Ctrl-C; 141: nobody
+    """Call ``main`` and exit: 0 done, 2 a user's mistake, 128 + signal (130: Ctrl-C; 141: nobody
     reads the output any more) interrupted, 1 anything else.
 
     A user's mistake, a signal and what the system refuses (``OSError``: a full or read-only disk, a

@@ -57,24 +57,30 @@ def _check_value(key: str, value: Any, unbounded: bool) -> None:
 
 
 def require_positive(section: object, names: str) -> None:
+    """Raise ``ValueError`` unless the fields of these names, parted by spaces, are above 0; None
+    passes.
+    """
     for name in names.split():
         value = getattr(section, name)
         require(value is None or value > 0, f"{name}: must be positive, not {value}")
 
 
 def require_at_most(section: object, most: int, names: str) -> None:
+    """Raise ``ValueError`` if one of these fields is above ``most``; None passes."""
     for name in names.split():
         value = getattr(section, name)
         require(value is None or value <= most, f"{name}: must be at most {most}, not {value}")
 
 
 def require_non_negative(section: object, names: str) -> None:
+    """Raise ``ValueError`` unless these fields are finite numbers from 0 on."""
     for name in names.split():
         value = getattr(section, name)
         require(value >= 0 and math.isfinite(value), f"{name}: must be at least 0, not {value}")
 
 
 def require_fraction(section: object, names: str) -> None:
+    """Raise ``ValueError`` unless these fields lie in [0, 1]."""
     for name in names.split():
         value = getattr(section, name)
         require(0.0 <= value <= 1.0, f"{name}: must lie in [0, 1], not {value}")

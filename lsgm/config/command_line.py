@@ -131,13 +131,13 @@ def save_config(config: Any, path: str | Path) -> None:
 
 
 def run_folder(config: RunConfig, out: str | Path | None = None) -> Path:
-    """Return the folder a run is written to: `out`, or runs/NAME."""
+    """Return the folder a run is written to: ``out``, or runs/NAME."""
     return Path(out) if out is not None else Path("runs") / config.name
 
 
 def take_data_from_run(config: LSGMTrainConfig, options: dict[str, Any]) -> LSGMTrainConfig:
-    """Fill in `vae_run` from ``--vae`` or `lsgm_run` from ``--lsgm``, and, where nothing else is
-    said, the data section of that run.
+    """Fill in ``vae_run`` from ``--vae`` or ``lsgm_run`` from ``--lsgm``, and, where nothing else
+    is said, the data section of that run.
 
     Raises:
         UserError: If no run is named, or two, or it is not one.

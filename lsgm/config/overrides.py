@@ -53,6 +53,7 @@ class Option:
 
     @property
     def is_switch(self) -> bool:
+        """Whether it stands alone, without a value."""
         return self.metavar is None
 
     def take(self, values: Sequence[str]) -> Any:
