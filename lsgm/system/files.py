@@ -226,7 +226,7 @@ def _non_finite(value: Any, name: str = "") -> Iterator[str]:
 def atomic_save(
     path: str | Path, value: object, save: Callable[[object, Any], object] | None = None
 ) -> None:
-    """Write ``value`` by ``save(value, file)`` (default ``torch.save``); see :func:`atomic_write`."""
+    """Write a value by ``save(value, file)`` (default ``torch.save``); see :func:`atomic_write`."""
     import torch  # late, so that command lines are read without PyTorch
 
     write: Callable[[object, Any], object] = torch.save if save is None else save
