@@ -20,8 +20,8 @@ gradient that leaves the
 
 A mixed-Normal prior is nearly N(0, I), and the cross-entropy to N(0, I) is known in closed form.
 Its one-sample estimate from the same noise and time is therefore an excellent control variate
-(:class:`NormalReference`): what is left to estimate is the difference that the network makes, of
-the order of the mixing coefficient. It leaves every expectation as it is.
+(:class:`NormalControlVariate`): what is left to estimate is the difference that the network makes,
+of the order of the mixing coefficient. It leaves every expectation as it is.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from vae.random import Rng, randn
 
 __all__ = [
     "CrossEntropy",
-    "NormalReference",
+    "NormalControlVariate",
     "PriorLosses",
     "denoising_score_matching",
     "endpoint_cross_entropy",
@@ -124,7 +124,7 @@ def endpoint_cross_entropy(sde: LinearSDE, x0: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class NormalReference:
+class NormalControlVariate:
     r"""The likelihood-weighted error of the Normal component, and its exact expectation.
 
     With ``N(z_t, t) = c(t) z_t`` the expectation over noise and time of ``w_q / density * (N -
@@ -137,7 +137,7 @@ class NormalReference:
     offset: float
 
     @classmethod
-    def of(cls, sde: LinearSDE) -> NormalReference:
+    def of(cls, sde: LinearSDE) -> NormalControlVariate:
         r"""Both integrals in closed form, for every linear SDE.
 
         The kernel ``q_t = N(m z_0, v)`` and ``p_t = N(0, T)`` with ``T`` the total variance follow
@@ -193,22 +193,22 @@ def latent_cross_entropy(
     likelihood: Weighting,
     rng: Rng = None,
     *,
-    reference: NormalReference | None = None,
+    control_variate: NormalControlVariate | None = None,
 ) -> CrossEntropy:
     """Unbiased estimate of the cross-entropy of ``z0`` ``(B, *shape)`` under the diffusion prior,
     without gradient tricks.
 
-    ``reference``: the control variate, for a prior close to N(0, I).
+    ``control_variate``: for a prior close to N(0, I).
     """
     eps = randn(z0.shape, rng, device=z0.device)
     t = times.t.to(z0)
     _, error = denoising_score_matching(sde, eps_fn, z0, t, eps)
     weight = expand_like((likelihood(sde, times.t) * times.inverse_density).to(error), error)
-    if reference is None:
+    if control_variate is None:
         sampled = weighted = weight * error
     else:
-        sampled = weight * (error - reference.error(z0, t, eps))
-        weighted = sampled + reference.expected(z0)
+        sampled = weight * (error - control_variate.error(z0, t, eps))
+        weighted = sampled + control_variate.expected(z0)
     constant = sde.cross_entropy_constant()
     return CrossEntropy(
         elements=weighted + constant,
@@ -270,7 +270,7 @@ def prior_losses(
     proposal_q: TimeProposal | None = None,
     balance: Balance = 1.0,
     eps_fn_q: EpsFn | None = None,
-    reference: NormalReference | None = None,
+    control_variate: NormalControlVariate | None = None,
     stratified: bool = False,
     balance_prior: bool = False,
     loss_scale: Tensor | float = 1.0,
@@ -284,8 +284,8 @@ def prior_losses(
     to share the draw of the prior's (Alg. 3). ``balance``: factor on the cross-entropy as the VAE
     sees it: a number (the KL coefficient), or a callable that maps the weighted errors ``(B, C, H,
     W)`` to factors that broadcast to them. ``eps_fn_q``: another network for the VAE's term (the
-    EMA of the prior). ``reference``: control variate for the cross-entropy and its gradient; the
-    prior's objective does not change. ``balance_prior``: the prior's gradient gets the factor
+    EMA of the prior). ``control_variate``: for the cross-entropy and its gradient; the prior's
+    objective does not change. ``balance_prior``: the prior's gradient gets the factor
     ``balance`` too, if both sides share draw and network: with one weighting it is then the
     gradient of the VAE's loss, which the published joint step gives it. ``loss_scale``: factor of
     the backward pass that is made here, the one that the caller's own pass will have. ``rng`` draws
@@ -309,8 +309,8 @@ def prior_losses(
     weight_q = weight(likelihood, times)
     network_q = eps_fn_q or eps_fn
     control = z0.new_zeros(())
-    if reference is not None:
-        control = reference.expected(z0) - weight_q * reference.error(z0, t, eps)
+    if control_variate is not None:
+        control = control_variate.expected(z0) - weight_q * control_variate.error(z0, t, eps)
 
     def factor(error: Tensor) -> Tensor | float:
         return balance(weight_q * error + control.detach()) if callable(balance) else balance
@@ -335,7 +335,7 @@ def prior_losses(
     else:
         with torch.set_grad_enabled(shared and torch.is_grad_enabled()):
             _, error = denoising_score_matching(sde, network_q, z0, t, eps)
-    if trains_encoder and reference is not None:
+    if trains_encoder and control_variate is not None:
         share = (factor(error.detach()) * control).sum() / n
         injected = injected + share - share.detach()
     cross_entropy = (weight_q * error + control).detach() + constant

@@ -23,7 +23,7 @@ from lsgm.models.release import (
     section,
 )
 from lsgm.networks import NCSNpp
-from lsgm.objectives import NormalReference, latent_cross_entropy
+from lsgm.objectives import NormalControlVariate, latent_cross_entropy
 from lsgm.score import MixedNormalScore
 from lsgm.sde import LinearSDE, make_sde
 from lsgm.solvers import Solution, Solver
@@ -206,7 +206,7 @@ class LSGM(VAEModel):
         super().__init__(vae, spec, vae_config)
         self.score = score
         self.prior_config = prior_config
-        self.reference = NormalReference.of(score.sde)
+        self.control_variate = NormalControlVariate.of(score.sde)
 
     @property
     def sde(self) -> LinearSDE:
@@ -230,7 +230,7 @@ class LSGM(VAEModel):
         top = self.vae.concat_top(eps).float()
         times = proposal.sample(len(x), rng, stratified=True, device=x.device)
         prior = latent_cross_entropy(
-            self.sde, self.score, top, times, likelihood, rng, reference=self.reference
+            self.sde, self.score, top, times, likelihood, rng, control_variate=self.control_variate
         )
         rest = [standard_normal_log_prob(e) for e in eps[self.vae.num_groups_per_scale :]]
         return NELBO(

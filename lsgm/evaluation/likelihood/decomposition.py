@@ -110,7 +110,7 @@ def _joint_kl(model: LSGM, posterior: Any, rng: Rng) -> Tensor:
     proposal = model.evaluation_times()
     times = proposal.sample(len(top), rng, stratified=True, device=top.device)
     bound = latent_cross_entropy(
-        model.sde, model.score, top, times, likelihood, rng, reference=model.reference
+        model.sde, model.score, top, times, likelihood, rng, control_variate=model.control_variate
     ).bound
     log_q = sum(
         part.double().flatten(1).sum(1)
