@@ -31,7 +31,7 @@ __all__ = [
     "Hook",
     "Problem",
     "Progress",
-    "Schedule",
+    "NoiseSchedule",
     "Solution",
     "Solver",
     "StepSolver",
@@ -99,7 +99,7 @@ class Solution:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class NoiseSchedule:
     """Coefficients of the SDE at given times, one Python float a time, computed in float64.
 
     ``sigma_hat = sigma / m`` is the noise level of ``z / m``; ``log_snr = ln(m / sigma)`` is half
@@ -114,7 +114,7 @@ class Schedule:
     log_snr: list[float]
 
     @classmethod
-    def of(cls, sde: LinearSDE, times: Tensor) -> Schedule:
+    def of(cls, sde: LinearSDE, times: Tensor) -> NoiseSchedule:
         """The coefficients at ``times (n,)``."""
         times = times.double()
         m, sigma = sde.mean_coef(times), sde.var(times).sqrt()
@@ -140,11 +140,11 @@ class Problem:
     hooks: Sequence[Hook]
     callback: Callback | None
     network_dtype: torch.dtype
-    schedule: Schedule = field(init=False)
+    schedule: NoiseSchedule = field(init=False)
     nfe: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        self.schedule = Schedule.of(self.sde, self.times)
+        self.schedule = NoiseSchedule.of(self.sde, self.times)
 
     @property
     def num_steps(self) -> int:

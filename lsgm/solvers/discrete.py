@@ -73,34 +73,34 @@ def table_at(sde: LinearSDE, times: Tensor, n: int, discrete: bool) -> Table:
     return Table(n, times.tolist(), index.tolist(), sigma.tolist(), beta.tolist(), std.tolist())
 
 
-def _euler_maruyama(problem: Problem, grid: Table, i: int, x: Tensor, score: Tensor) -> Step:
-    t, n = torch.tensor([grid.t[i]], dtype=torch.float64), grid.n
+def _euler_maruyama(problem: Problem, table: Table, i: int, x: Tensor, score: Tensor) -> Step:
+    t, n = torch.tensor([table.t[i]], dtype=torch.float64), table.n
     f, g2 = problem.sde.f(t).item(), problem.sde.g2(t).item()
     return Step(x - (f * x - g2 * score) / n, math.sqrt(g2 / n))
 
 
-def _reverse_diffusion(problem: Problem, grid: Table, i: int, x: Tensor, score: Tensor) -> Step:
+def _reverse_diffusion(problem: Problem, table: Table, i: int, x: Tensor, score: Tensor) -> Step:
     if isinstance(problem.sde, VESDE):
-        gap, _ = _levels(grid, i)
+        gap, _ = _levels(table, i)
         return Step(x + gap * score, math.sqrt(gap))
     if isinstance(problem.sde, SubVPSDE):
-        return _euler_maruyama(problem, grid, i, x, score)
-    beta = grid.beta[grid.index[i]]
+        return _euler_maruyama(problem, table, i, x, score)
+    beta = table.beta[table.index[i]]
     return Step((2 - math.sqrt(1 - beta)) * x + beta * score, math.sqrt(beta))
 
 
-def _ancestral(problem: Problem, grid: Table, i: int, x: Tensor, score: Tensor) -> Step:
+def _ancestral(problem: Problem, table: Table, i: int, x: Tensor, score: Tensor) -> Step:
     if isinstance(problem.sde, VESDE):
-        gap, share = _levels(grid, i)
+        gap, share = _levels(table, i)
         return Step(x + gap * score, math.sqrt(gap) * share)
-    beta = grid.beta[grid.index[i]]
+    beta = table.beta[table.index[i]]
     return Step((x + beta * score) / math.sqrt(1 - beta), math.sqrt(beta))
 
 
-def _levels(grid: Table, i: int) -> tuple[float, float]:
+def _levels(table: Table, i: int) -> tuple[float, float]:
     """``sigma_i^2 - sigma_(i-1)^2`` and ``sigma_(i-1) / sigma_i``; below the last is no noise."""
-    index = grid.index[i]
-    sigma, lower = grid.sigma[index], grid.sigma[index - 1] if index else 0.0
+    index = table.index[i]
+    sigma, lower = table.sigma[index], table.sigma[index - 1] if index else 0.0
     return sigma**2 - lower**2, lower / sigma
 
 
@@ -190,12 +190,12 @@ class DiscretePredictorCorrector(PredictorCorrector):
             )
 
     def _table(self, problem: Problem) -> Table:
-        grid = problem.schedule.t
-        return even_table(problem.sde, len(grid), grid[0], grid[-1], self.levels is not None)
+        times = problem.schedule.t
+        return even_table(problem.sde, len(times), times[0], times[-1], self.levels is not None)
 
     def _score(self, problem: Problem, i: int, x: Tensor) -> Tensor:
-        grid = self._table(problem)
-        return problem.eps(x, grid.t[i]) / -grid.score_std[i]
+        table = self._table(problem)
+        return problem.eps(x, table.t[i]) / -table.score_std[i]
 
     def _predicted(self, problem: Problem, i: int, x: Tensor) -> Step:
         """The predictor's step from ``times[i]``."""
@@ -220,9 +220,9 @@ class DiscretePredictorCorrector(PredictorCorrector):
         return problem.project(self._predicted(problem, problem.num_steps, x).mean, 0.0)
 
     def _correct(self, problem: Problem, i: int, x: Tensor) -> Tensor:
-        grid = self._table(problem)
+        table = self._table(problem)
         score = self._score(problem, i, x)
-        alpha = 1 - grid.beta[grid.index[i]] if grid.beta else 1.0
+        alpha = 1 - table.beta[table.index[i]] if table.beta else 1.0
         noise = problem.noise(x)
         if self.norm == "expected":
             ratio = torch.full((len(x),), problem.schedule.sigma[i], device=x.device, dtype=x.dtype)

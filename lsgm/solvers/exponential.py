@@ -29,8 +29,8 @@ __all__ = ["DDIM", "DPMSolverPP", "UniPC", "data_prediction"]
 
 def data_prediction(problem: Problem, x: Tensor, j: int) -> Tensor:
     """``x0 = (z - sigma eps) / m`` at the j-th time; one network call."""
-    grid = problem.schedule
-    return (x - grid.sigma[j] * problem.eps(x, grid.t[j])) / grid.m[j]
+    schedule = problem.schedule
+    return (x - schedule.sigma[j] * problem.eps(x, schedule.t[j])) / schedule.m[j]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +61,16 @@ class DDIM(StepSolver):
         return num_steps
 
     def _step(self, problem: Problem, i: int, x: Tensor, history: list[Tensor]) -> Tensor:
-        grid = problem.schedule
-        ratio, sigma, sigma_next = grid.m[i + 1] / grid.m[i], grid.sigma[i], grid.sigma[i + 1]
-        eps = problem.eps(x, grid.t[i])
+        schedule = problem.schedule
+        ratio, sigma, sigma_next = (
+            schedule.m[i + 1] / schedule.m[i],
+            schedule.sigma[i],
+            schedule.sigma[i + 1],
+        )
+        eps = problem.eps(x, schedule.t[i])
         if self.eta == 0:
             return ratio * x + (sigma_next - ratio * sigma) * eps
-        _, b2 = grid.transition(i)
+        _, b2 = schedule.transition(i)
         fresh = self.eta**2 * b2 * (sigma_next / sigma) ** 2
         kept = math.sqrt(max(sigma_next**2 - fresh, 0.0))
         return ratio * x + (kept - ratio * sigma) * eps + math.sqrt(fresh) * problem.noise(x)
@@ -84,14 +88,17 @@ class _DataPredictionSolver(MultistepSolver):
     def _advance(
         self, problem: Problem, i: int, x: Tensor, first: int, values: Sequence[Tensor]
     ) -> Tensor:
-        grid = problem.schedule
-        lam, here = grid.log_snr, values[i - first]
+        schedule = problem.schedule
+        lam, here = schedule.log_snr, values[i - first]
         h = lam[i + 1] - lam[i]
-        x = grid.sigma[i + 1] / grid.sigma[i] * x - grid.m[i + 1] * math.expm1(-h) * here
+        x = (
+            schedule.sigma[i + 1] / schedule.sigma[i] * x
+            - schedule.m[i + 1] * math.expm1(-h) * here
+        )
         others = [j for j in range(len(values)) if j != i - first]
         ratios = [(lam[first + j] - lam[i]) / h for j in others]
         for j, ratio, weight in zip(others, ratios, self._weights(h, ratios), strict=True):
-            x = x - grid.m[i + 1] * weight / ratio * (values[j] - here)
+            x = x - schedule.m[i + 1] * weight / ratio * (values[j] - here)
         return x
 
     def _weights(self, h: float, ratios: Sequence[float]) -> list[float]:

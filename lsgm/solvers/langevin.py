@@ -52,11 +52,11 @@ class AnnealedLangevin(Solver):
         return (num_steps + 1) * self.steps_per_level
 
     def _integrate(self, problem: Problem, x: Tensor) -> list[Tensor]:
-        grid, total = problem.schedule, problem.num_steps + 1
+        schedule, total = problem.schedule, problem.num_steps + 1
         states: list[Tensor] = []
-        for i, (t, sigma) in enumerate(zip(grid.t, grid.sigma, strict=True)):
+        for i, (t, sigma) in enumerate(zip(schedule.t, schedule.sigma, strict=True)):
             if i > 0:
-                x = grid.m[i] / grid.m[i - 1] * x
+                x = schedule.m[i] / schedule.m[i - 1] * x
             for _ in range(self.steps_per_level):
                 x = langevin_step(problem, x, problem.eps(x, t), sigma, self.step_ratio)
                 x = problem.project(x, t)

@@ -52,16 +52,16 @@ class _FixedStepODE(StepSolver):
         """Start and end ``u``, the right-hand side ``(y, u) -> dy/du``, and the scales ``z / y`` at
         both ends.
         """
-        grid = problem.schedule
+        schedule = problem.schedule
         if self.variable == "time":
 
             def velocity(x: Tensor, t: float) -> Tensor:
                 time = torch.tensor(t, dtype=torch.float64)
                 return probability_flow_velocity(problem.sde, problem.eps(x, t), x, time)
 
-            return grid.t[i], grid.t[i + 1], velocity, 1.0, 1.0
+            return schedule.t[i], schedule.t[i + 1], velocity, 1.0, 1.0
 
-        known = {grid.sigma_hat[j]: grid.t[j] for j in (i, i + 1)}
+        known = {schedule.sigma_hat[j]: schedule.t[j] for j in (i, i + 1)}
 
         def eps(y: Tensor, level: float) -> Tensor:
             t = (
@@ -72,7 +72,13 @@ class _FixedStepODE(StepSolver):
             m = problem.sde.mean_coef(torch.tensor(t, dtype=torch.float64)).item()
             return problem.eps(m * y, t)
 
-        return grid.sigma_hat[i], grid.sigma_hat[i + 1], eps, grid.m[i], grid.m[i + 1]
+        return (
+            schedule.sigma_hat[i],
+            schedule.sigma_hat[i + 1],
+            eps,
+            schedule.m[i],
+            schedule.m[i + 1],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

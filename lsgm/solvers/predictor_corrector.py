@@ -137,11 +137,11 @@ class PredictorCorrector(StepSolver):
         return states
 
     def _step(self, problem: Problem, i: int, x: Tensor, history: list[Tensor]) -> Tensor:
-        grid = problem.schedule
+        schedule = problem.schedule
         x = self._corrected(problem, i, x)
         if self.predictor is None:
-            return grid.m[i + 1] / grid.m[i] * x
-        step = PREDICTORS[self.predictor](problem, i, x, problem.eps(x, grid.t[i]))
+            return schedule.m[i + 1] / schedule.m[i] * x
+        step = PREDICTORS[self.predictor](problem, i, x, problem.eps(x, schedule.t[i]))
         return step.mean + self.noise_scale * step.std * problem.noise(x)
 
     def _corrected(self, problem: Problem, i: int, x: Tensor) -> Tensor:
@@ -152,10 +152,10 @@ class PredictorCorrector(StepSolver):
 
     def _correct(self, problem: Problem, i: int, x: Tensor) -> Tensor:
         """``x`` after one Langevin step at ``times[i]``."""
-        grid = problem.schedule
+        schedule = problem.schedule
         # The step after the last time leads to time zero, where m = 1.
-        sigma, a = grid.sigma[i], grid.m[i] / [*grid.m, 1.0][i + 1]
-        eps = problem.eps(x, grid.t[i])
+        sigma, a = schedule.sigma[i], schedule.m[i] / [*schedule.m, 1.0][i + 1]
+        eps = problem.eps(x, schedule.t[i])
         if self.norm == "expected":
             # a step of 2 (a snr sigma)^2 along the score is a Langevin step of twice that size
             return langevin_step(problem, x, eps, sigma, (2 * a * self.snr) ** 2)

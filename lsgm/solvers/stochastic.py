@@ -39,8 +39,8 @@ class SDEDPMSolverPP(StepSolver):
         return num_steps
 
     def _step(self, problem: Problem, i: int, x: Tensor, history: list[Tensor]) -> Tensor:
-        grid = problem.schedule
-        lam = grid.log_snr
+        schedule = problem.schedule
+        lam = schedule.log_snr
         history.append(data_prediction(problem, x, i))
         del history[: -self.order]
         h = lam[i + 1] - lam[i]
@@ -48,8 +48,11 @@ class SDEDPMSolverPP(StepSolver):
         if len(history) == 2:
             data = data + 0.5 * h / (lam[i] - lam[i - 1]) * (history[-1] - history[-2])
         fresh = -math.expm1(-2 * h)
-        x = grid.sigma[i + 1] / grid.sigma[i] * math.exp(-h) * x + grid.m[i + 1] * fresh * data
-        return x + grid.sigma[i + 1] * math.sqrt(fresh) * problem.noise(x)
+        x = (
+            schedule.sigma[i + 1] / schedule.sigma[i] * math.exp(-h) * x
+            + schedule.m[i + 1] * fresh * data
+        )
+        return x + schedule.sigma[i + 1] * math.sqrt(fresh) * problem.noise(x)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +91,9 @@ class EDMChurn(StepSolver):
         return 2 * num_steps
 
     def _step(self, problem: Problem, i: int, x: Tensor, history: list[Tensor]) -> Tensor:
-        grid = problem.schedule
-        level, next_level = grid.sigma_hat[i], grid.sigma_hat[i + 1]
-        y, t, m, raised = x / grid.m[i], grid.t[i], grid.m[i], level
+        schedule = problem.schedule
+        level, next_level = schedule.sigma_hat[i], schedule.sigma_hat[i + 1]
+        y, t, m, raised = x / schedule.m[i], schedule.t[i], schedule.m[i], level
         if self.churn > 0 and self.churn_min <= level <= self.churn_max:
             highest = noise_level(problem.sde, torch.ones(1, dtype=torch.float64)).item()
             factor = 1 + min(self.churn / problem.num_steps, math.sqrt(2) - 1)
@@ -103,6 +106,6 @@ class EDMChurn(StepSolver):
         first = problem.eps(m * y, t)
         end = y + (next_level - raised) * first
         if next_level > 0:
-            second = problem.eps(grid.m[i + 1] * end, grid.t[i + 1])
+            second = problem.eps(schedule.m[i + 1] * end, schedule.t[i + 1])
             end = y + 0.5 * (next_level - raised) * (first + second)
-        return grid.m[i + 1] * end
+        return schedule.m[i + 1] * end
