@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lsgm.sde import VESDE, VPSDE, LinearSDE, SubVPSDE
 from lsgm.solvers.base import Problem
-from lsgm.solvers.predictor_corrector import PredictorCorrector, Step
+from lsgm.solvers.predictor_corrector import GaussianStep, PredictorCorrector
 
 __all__ = ["DiscretePredictorCorrector", "Table"]
 
@@ -73,28 +73,32 @@ def table_at(sde: LinearSDE, times: Tensor, n: int, discrete: bool) -> Table:
     return Table(n, times.tolist(), index.tolist(), sigma.tolist(), beta.tolist(), std.tolist())
 
 
-def _euler_maruyama(problem: Problem, table: Table, i: int, x: Tensor, score: Tensor) -> Step:
+def _euler_maruyama(
+    problem: Problem, table: Table, i: int, x: Tensor, score: Tensor
+) -> GaussianStep:
     t, n = torch.tensor([table.t[i]], dtype=torch.float64), table.n
     f, g2 = problem.sde.f(t).item(), problem.sde.g2(t).item()
-    return Step(x - (f * x - g2 * score) / n, math.sqrt(g2 / n))
+    return GaussianStep(x - (f * x - g2 * score) / n, math.sqrt(g2 / n))
 
 
-def _reverse_diffusion(problem: Problem, table: Table, i: int, x: Tensor, score: Tensor) -> Step:
+def _reverse_diffusion(
+    problem: Problem, table: Table, i: int, x: Tensor, score: Tensor
+) -> GaussianStep:
     if isinstance(problem.sde, VESDE):
         gap, _ = _levels(table, i)
-        return Step(x + gap * score, math.sqrt(gap))
+        return GaussianStep(x + gap * score, math.sqrt(gap))
     if isinstance(problem.sde, SubVPSDE):
         return _euler_maruyama(problem, table, i, x, score)
     beta = table.beta[table.index[i]]
-    return Step((2 - math.sqrt(1 - beta)) * x + beta * score, math.sqrt(beta))
+    return GaussianStep((2 - math.sqrt(1 - beta)) * x + beta * score, math.sqrt(beta))
 
 
-def _ancestral(problem: Problem, table: Table, i: int, x: Tensor, score: Tensor) -> Step:
+def _ancestral(problem: Problem, table: Table, i: int, x: Tensor, score: Tensor) -> GaussianStep:
     if isinstance(problem.sde, VESDE):
         gap, share = _levels(table, i)
-        return Step(x + gap * score, math.sqrt(gap) * share)
+        return GaussianStep(x + gap * score, math.sqrt(gap) * share)
     beta = table.beta[table.index[i]]
-    return Step((x + beta * score) / math.sqrt(1 - beta), math.sqrt(beta))
+    return GaussianStep((x + beta * score) / math.sqrt(1 - beta), math.sqrt(beta))
 
 
 def _levels(table: Table, i: int) -> tuple[float, float]:
@@ -104,7 +108,7 @@ def _levels(table: Table, i: int) -> tuple[float, float]:
     return sigma**2 - lower**2, lower / sigma
 
 
-PREDICTORS: dict[str, Callable[[Problem, Table, int, Tensor, Tensor], Step]] = {
+DISCRETE_PREDICTORS: dict[str, Callable[[Problem, Table, int, Tensor, Tensor], GaussianStep]] = {
     "reverse_diffusion": _reverse_diffusion,
     "euler_maruyama": _euler_maruyama,
     "ancestral": _ancestral,
@@ -132,10 +136,9 @@ class DiscretePredictorCorrector(PredictorCorrector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.predictor not in (None, *PREDICTORS):
-            raise ValueError(
-                f"unknown predictor {self.predictor!r}: choose from {', '.join(PREDICTORS)}"
-            )
+        if self.predictor not in (None, *DISCRETE_PREDICTORS):
+            known = ", ".join(DISCRETE_PREDICTORS)
+            raise ValueError(f"unknown predictor {self.predictor!r}: choose from {known}")
 
     @property
     def order(self) -> int:
@@ -197,13 +200,15 @@ class DiscretePredictorCorrector(PredictorCorrector):
         table = self._table(problem)
         return problem.eps(x, table.t[i]) / -table.score_std[i]
 
-    def _predicted(self, problem: Problem, i: int, x: Tensor) -> Step:
+    def _predicted(self, problem: Problem, i: int, x: Tensor) -> GaussianStep:
         """The predictor's step from ``times[i]``."""
         assert self.predictor is not None
         score = self._score(problem, i, x)
         share = 0.5 if self.probability_flow else 1.0
-        step = PREDICTORS[self.predictor](problem, self._table(problem), i, x, share * score)
-        return Step(step.mean, 0.0 if self.probability_flow else step.std)
+        step = DISCRETE_PREDICTORS[self.predictor](
+            problem, self._table(problem), i, x, share * score
+        )
+        return GaussianStep(step.mean, 0.0 if self.probability_flow else step.std)
 
     def _step(self, problem: Problem, i: int, x: Tensor, history: list[Tensor]) -> Tensor:
         x = self._corrected(problem, i, x)

@@ -38,11 +38,11 @@ from lsgm.solvers.ode import AdaptiveODE
 
 __all__ = ["Pilot", "PilotFit", "choose_pilot", "fit_pilot", "pilot_grid"]
 
-GRIDS = ("sqrt_time", "phi", "time")
+SCAN_GRIDS = ("sqrt_time", "phi", "time")
 """Grids that the scan tries besides the solver's own."""
-ALPHAS = (0.02, 0.3)
+SCAN_ALPHAS = (0.02, 0.3)
 """Values of alpha that the scan tries besides the solver's own and the fitted ones."""
-STRUCTURES = (
+SCAN_STRUCTURES = (
     (2, False, False),
     (3, False, False),
     (3, True, True),
@@ -180,7 +180,7 @@ def fit_pilot(
         solver, nfe = replace(solver, denoise=False), nfe - 1
     if iterations is None:
         iterations = max(2, min(8, MAX_CALLS // (nfe * (MAX_NODES + 2))))
-    before, grids = pilot.nfe, dict.fromkeys((solver.default_grid, *GRIDS))
+    before, grids = pilot.nfe, dict.fromkeys((solver.default_grid, *SCAN_GRIDS))
     solver.steps_for(nfe)
     found: list[_Try] = []
 
@@ -244,7 +244,7 @@ def _structures(solver: Solver, nfe: int) -> list[Solver]:
         return []
     structures = [
         {"order": order, "corrector": corrector, "lower_order_final": lower, "corrector_from": 1}
-        for order, corrector, lower in STRUCTURES
+        for order, corrector, lower in SCAN_STRUCTURES
     ]
     candidates = [replace(solver, **structure) for structure in structures]
     return [candidate for candidate in candidates if candidate != solver]
@@ -253,7 +253,7 @@ def _structures(solver: Solver, nfe: int) -> list[Solver]:
 def _with_alphas(pilot: Pilot, solver: NormalReference) -> list[Solver]:
     """The solver with other values of alpha."""
     fitted = tuple(pilot.alpha.tolist())
-    return [replace(solver, alpha=a) for a in (*ALPHAS, fitted) if a != solver.alpha]
+    return [replace(solver, alpha=a) for a in (*SCAN_ALPHAS, fitted) if a != solver.alpha]
 
 
 def _kind(solver: Solver) -> tuple[object, ...]:

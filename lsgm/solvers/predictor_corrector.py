@@ -25,11 +25,11 @@ from torch import Tensor
 from lsgm.solvers.base import Problem, StepSolver
 from lsgm.solvers.langevin import langevin_step
 
-__all__ = ["PREDICTORS", "PredictorCorrector", "Step"]
+__all__ = ["PREDICTORS", "PredictorCorrector", "GaussianStep"]
 
 
 @dataclass(frozen=True)
-class Step:
+class GaussianStep:
     """The law of the next state: Gaussian with this mean ``(B, *shape)`` and this standard
     deviation.
     """
@@ -38,37 +38,39 @@ class Step:
     std: float
 
 
-Predictor = Callable[[Problem, int, Tensor, Tensor], Step]
+Predictor = Callable[[Problem, int, Tensor, Tensor], GaussianStep]
 
 
-def reverse_diffusion(problem: Problem, i: int, x: Tensor, eps: Tensor) -> Step:
+def reverse_diffusion(problem: Problem, i: int, x: Tensor, eps: Tensor) -> GaussianStep:
     """``(2 - a) z - b^2 eps / sigma_t + b e`` (ibid. appendix E)."""
     a, b2 = problem.schedule.transition(i)
-    return Step((2 - a) * x - b2 / problem.schedule.sigma[i] * eps, math.sqrt(b2))
+    return GaussianStep((2 - a) * x - b2 / problem.schedule.sigma[i] * eps, math.sqrt(b2))
 
 
-def euler_maruyama(problem: Problem, i: int, x: Tensor, eps: Tensor) -> Step:
+def euler_maruyama(problem: Problem, i: int, x: Tensor, eps: Tensor) -> GaussianStep:
     """``z - (f z + g^2 eps / sigma_t) (t - s) + g sqrt(t - s) e``."""
     t, h = problem.times[i : i + 1], problem.schedule.t[i] - problem.schedule.t[i + 1]
     f, g2 = problem.sde.f(t).item(), problem.sde.g2(t).item()
-    return Step((1 - f * h) * x - h * g2 / problem.schedule.sigma[i] * eps, math.sqrt(g2 * h))
+    return GaussianStep(
+        (1 - f * h) * x - h * g2 / problem.schedule.sigma[i] * eps, math.sqrt(g2 * h)
+    )
 
 
-def ancestral(problem: Problem, i: int, x: Tensor, eps: Tensor) -> Step:
+def ancestral(problem: Problem, i: int, x: Tensor, eps: Tensor) -> GaussianStep:
     """``(z - b^2 eps / sigma_t) / a`` with the variance ``b^2 sigma_s^2 / sigma_t^2`` of ``q(z_s |
     z_t, z_0)`` (ibid. eq. 4 and appendix F).
     """
     a, b2 = problem.schedule.transition(i)
     sigma, sigma_next = problem.schedule.sigma[i : i + 2]
-    return Step((x - b2 / sigma * eps) / a, math.sqrt(b2) * sigma_next / sigma)
+    return GaussianStep((x - b2 / sigma * eps) / a, math.sqrt(b2) * sigma_next / sigma)
 
 
-def ancestral_large(problem: Problem, i: int, x: Tensor, eps: Tensor) -> Step:
+def ancestral_large(problem: Problem, i: int, x: Tensor, eps: Tensor) -> GaussianStep:
     """As ``ancestral``, with the larger variance ``b^2`` (``beta_i`` in arXiv 2006.11239 section
     3.2).
     """
     _, b2 = problem.schedule.transition(i)
-    return Step(ancestral(problem, i, x, eps).mean, math.sqrt(b2))
+    return GaussianStep(ancestral(problem, i, x, eps).mean, math.sqrt(b2))
 
 
 PREDICTORS: dict[str, Predictor] = {
