@@ -149,8 +149,8 @@ class PathPrior:
     eps_fn: EpsFn
     steps: tuple[PathStep, ...]
     variances: Variances
-    trust: tuple[float, ...]
-    """Of each step, how much of the network's correction to the Normal component is used."""
+    shrinkage: tuple[float, ...]
+    """Of each step, the factor in [0, 1] on the network's correction to the Normal component."""
 
     @classmethod
     def of(
@@ -186,7 +186,7 @@ class PathPrior:
     def _mean(self, z: Tensor, i: int, dtype: torch.dtype) -> Tensor:
         """Mean of the i-th step from ``z``; one network call."""
         step, normal = self.steps[i], self.steps[i].normal_slope * z
-        return step.mean(z, normal + self.trust[i] * (self._network(z, step, dtype) - normal))
+        return step.mean(z, normal + self.shrinkage[i] * (self._network(z, step, dtype) - normal))
 
     @torch.no_grad()
     def log_weight(self, z0: Tensor, rng: Rng = None) -> Tensor:
@@ -230,16 +230,17 @@ class PathPrior:
     def calibrated(self, z0: Tensor, rng: Rng = None, *, chunk: int = 64) -> PathPrior:
         """The same chain, fitted to latents like ``z0 (B, *shape)``; costs one path of each.
 
-        Fitted are the variances, one a step and channel (the first axis after the batch), and each
-        step's trust in the network by least squares: close to ``t = 1`` a step multiplies the
-        network's error by ``1 / a``, and what it learned there may be worth less than that.
+        Fitted are the variances, one per step and channel (the first axis after the batch), and by
+        least squares the shrinkage of the network's correction, one per step: close to ``t = 1`` a
+        step multiplies the network's error by ``1 / a``, and what it learned there may be worth
+        less than that.
 
         Any values give a valid bound as long as they do not depend on what is evaluated: take
         ``z0`` from :meth:`sample`, or encodings of training images. The error of the Normal
         component, whose expectation is known, is a control variate: for a prior close to N(0, I)
         the variances are nearly noise-free.
         """
-        variances, trust = [], []
+        variances, shrinkage = [], []
         second_moment = _channel_mean(z0.double().square())
         for step in self.steps:
             normal, residuals, corrections, known = step.normal_slope, [], [], []
@@ -260,8 +261,8 @@ class PathPrior:
             error = step.normal_error(second_moment) + _channel_mean(excess - slope * control)
             least = LEAST_ERROR * step.m**2 / step.total
             variances.append(step.optimal_var(error.clamp(min=least)))
-            trust.append(fit)
-        return replace(self, variances=tuple(variances), trust=tuple(trust))
+            shrinkage.append(fit)
+        return replace(self, variances=tuple(variances), shrinkage=tuple(shrinkage))
 
 
 def _log_ratio(error: Tensor, noise: Tensor, var_ratio: Tensor | float) -> Tensor:
