@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["expand_like", "mean_except_batch", "sum_except_batch"]
+__all__ = ["expand_like", "sum_except_batch"]
 
 
 def expand_like(coefficient: Tensor | float, x: Tensor) -> Tensor:
@@ -35,8 +35,3 @@ def expand_like(coefficient: Tensor | float, x: Tensor) -> Tensor:
 def sum_except_batch(x: Tensor) -> Tensor:
     """Sum of ``x (B, *shape)`` over everything but the batch: ``(B,)``."""
     return x.flatten(1).sum(1) if x.ndim > 1 else x
-
-
-def mean_except_batch(x: Tensor) -> Tensor:
-    """Mean of ``x (B, *shape)`` over everything but the batch: ``(B,)``."""
-    return x.flatten(1).mean(1) if x.ndim > 1 else x

@@ -284,11 +284,6 @@ class HierarchicalVAE(nn.Module):
         """The inverse of :meth:`concat_top`: ``G`` tensors (B, L, h, w)."""
         return z.chunk(self.num_groups_per_scale, dim=1)
 
-    def concat_per_scale(self, eps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The latents of each scale side by side, coarsest first: S tensors (B, G * L, h, w)."""
-        size = self.num_groups_per_scale
-        return tuple(torch.cat(tuple(eps[i : i + size]), 1) for i in range(0, len(eps), size))
-
     def _infer(
         self,
         taps: Sequence[Tensor],

@@ -31,7 +31,6 @@ __all__ = [
     "kl_coefficient",
     "kl_per_channel",
     "kl_per_group",
-    "regularization_coefficient",
     "standard_normal_log_prob",
 ]
 
@@ -235,11 +234,6 @@ def bounds(
 def bits_per_dim(nats: Tensor | float, dimensions: int) -> Tensor | float:
     """Convert ``nats`` per image of ``dimensions`` values."""
     return nats / (dimensions * math.log(2))
-
-
-def regularization_coefficient(final: float, initial: float, kl_weight: float) -> float:
-    """Interpolate geometrically from ``initial`` to ``final`` as the KL weight goes from 0 to 1."""
-    return math.exp((1 - kl_weight) * math.log(initial) + kl_weight * math.log(final))
 
 
 def _group_sums(parts: Sequence[Tensor]) -> Tensor:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 __all__ = ["best", "comparison", "markdown", "write_report"]
 
 DEFAULT = "normal_reference_pc"
-CLAIMED = (3, 5, 8, 10, 20)
 
 
 def _value(one: Measurement) -> float:

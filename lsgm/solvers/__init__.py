@@ -18,7 +18,7 @@ from lsgm.solvers.grids import GRIDS, make_grid, times_of_noise_levels
 from lsgm.solvers.langevin import AnnealedLangevin
 from lsgm.solvers.normal_reference import NormalReference
 from lsgm.solvers.ode import AdaptiveODE, Euler, Heun, RungeKutta4
-from lsgm.solvers.pilot import Pilot, PilotFit, choose_pilot, fit_pilot, pilot_grid
+from lsgm.solvers.pilot import Pilot, PilotFit, choose_pilot, fit_pilot
 from lsgm.solvers.predictor_corrector import PredictorCorrector
 from lsgm.solvers.stochastic import EDMChurn, SDEDPMSolverPP
 
@@ -49,7 +49,6 @@ __all__ = [
     "fit_pilot",
     "make_grid",
     "make_solver",
-    "pilot_grid",
     "solver_parameters",
     "times_of_noise_levels",
 ]

@@ -36,7 +36,7 @@ from lsgm.solvers.grids import make_grid
 from lsgm.solvers.normal_reference import NormalReference
 from lsgm.solvers.ode import AdaptiveODE
 
-__all__ = ["Pilot", "PilotFit", "choose_pilot", "fit_pilot", "pilot_grid"]
+__all__ = ["Pilot", "PilotFit", "choose_pilot", "fit_pilot"]
 
 SCAN_GRIDS = ("sqrt_time", "phi", "time")
 """Grids that the scan tries besides the solver's own."""
@@ -207,15 +207,6 @@ def fit_pilot(
         best = min([best, *fits], key=lambda one: one.error)
     chosen = replace(best.solver, denoise=True) if closing else best.solver
     return PilotFit(chosen, best.times, best.error, start_error, pilot.nfe - before)
-
-
-def pilot_grid(
-    sde: LinearSDE, eps_fn: EpsFn, start: Tensor, solver: Solver, nfe: int, t_end: float
-) -> Tensor:
-    """The times of ``solver``, its options kept, that pilots from ``start (P, *shape)`` choose for
-    ``nfe`` network calls.
-    """
-    return fit_pilot(Pilot(sde, eps_fn, start, t_end), solver, nfe, fit_options=False).times
 
 
 def choose_pilot(
