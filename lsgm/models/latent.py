@@ -28,6 +28,7 @@ from lsgm.score import MixedNormalScore
 from lsgm.sde import LinearSDE, make_sde
 from lsgm.solvers import Solution, Solver
 from lsgm.system.memory import build_within_memory
+from lsgm.tensors import sum_except_batch
 from lsgm.times import TimeProposal, make_proposal
 from lsgm.weighting import make_weighting
 from vae import HierarchicalVAE
@@ -306,7 +307,7 @@ class LSGM(VAEModel):
 
 def _total(parts: Sequence[Tensor]) -> Tensor:
     """Sum over everything but the batch, in float64: ``(B,)``."""
-    return torch.stack([part.double().flatten(1).sum(1) for part in parts]).sum(0)
+    return torch.stack([sum_except_batch(part.double()) for part in parts]).sum(0)
 
 
 def prior_config_from(values: dict[str, Any]) -> PriorConfig:

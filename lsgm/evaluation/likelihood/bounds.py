@@ -25,6 +25,7 @@ from lsgm.divergence import make_divergence
 from lsgm.evaluation.likelihood.tails import warn_of_tail
 from lsgm.likelihood import ode_log_density, tolerance_convergence
 from lsgm.models.latent import LSGM, NELBO, VAEModel
+from lsgm.tensors import sum_except_batch
 from vae.objective import bits_per_dim, importance_weighted_bound, standard_normal_log_prob
 from vae.random import Rng, RowGenerators
 
@@ -206,8 +207,8 @@ def posterior_draw(model: LSGM, taps: Sequence[Tensor], x: Tensor, rng: Rng) -> 
     reconstruction = model.vae.reconstruction(output, x).double()
     log_p_rest = torch.zeros_like(reconstruction)
     for e in eps[model.vae.num_groups_per_scale :]:
-        log_p_rest = log_p_rest + standard_normal_log_prob(e).double().flatten(1).sum(1)
-    log_q = sum(part.double().flatten(1).sum(1) for part in output.posterior.log_q)
+        log_p_rest = log_p_rest + sum_except_batch(standard_normal_log_prob(e).double())
+    log_q = sum(sum_except_batch(part.double()) for part in output.posterior.log_q)
     return PosteriorDraw(model.vae.concat_top(eps).float(), reconstruction, log_q, log_p_rest)
 
 

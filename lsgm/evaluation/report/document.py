@@ -7,7 +7,6 @@ digit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from lsgm.evaluation.quality.scores import QualityPoint, SampleQualityReport, di
 from lsgm.evaluation.report.details import Details
 from lsgm.evaluation.report.figures import Series, bound_plot, decomposition_plot, quality_plot
 from lsgm.system.files import atomic_write_json, atomic_write_text, json_text
+from lsgm.system.markdown import markdown_table
 from lsgm.system.pictures import neighbours_grid, save_grid
 
 __all__ = [
@@ -134,14 +134,6 @@ def markdown(report: Any, details: Details, out: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    def line(cells: Sequence[str]) -> str:
-        escaped = (cell.replace("|", r"\|") for cell in cells)
-        return f"| {' | '.join(escaped)} |"
-
-    return "\n".join([line(head), "|---" * len(head) + "|", *map(line, rows)])
-
-
 def _nats(estimate: Estimate | None) -> str:
     return "-" if estimate is None else str(estimate)
 
@@ -169,7 +161,7 @@ def _likelihood(bounds: dict[str, LikelihoodReport]) -> list[str]:
     head = (
         "number", "nats", "bits/dim", "reconstruction", "KL", "images", "estimator", "settings",
     )  # fmt: skip
-    return ["## Likelihood", _table(head, rows)]
+    return ["## Likelihood", markdown_table(head, rows)]
 
 
 def _decomposition(details: Details) -> list[str]:
@@ -181,7 +173,9 @@ def _decomposition(details: Details) -> list[str]:
         "## Where the nats are",
         f"NELBO of {parts.num_images} images, {parts.estimator}, seed {parts.seed}. Groups are "
         "counted from the coarsest.",
-        _table(("part", "under", "nats"), [*rows, ("**NELBO**", "", f"**{_nats(parts.total)}**")]),
+        markdown_table(
+            ("part", "under", "nats"), [*rows, ("**NELBO**", "", f"**{_nats(parts.total)}**")]
+        ),
     ]
     if parts.under_normal:
         under = ", ".join(f"{_nats(term.nats)}" for term in parts.under_normal)
@@ -201,7 +195,7 @@ def _curves(details: Details) -> list[str]:
         "## Bound against importance weights",
         f"{first.num_images} images, drawn at random if there are more, seed {first.seed}; a bound "
         "with fewer weights is the mean over groups of the same draws.",
-        _table(("bound", *(f"k = {k}" for k in first.k)), rows),
+        markdown_table(("bound", *(f"k = {k}" for k in first.k)), rows),
         "![bound against importance weights](bounds.png)",
     ]
 
@@ -232,7 +226,7 @@ def _quality(quality: SampleQualityReport) -> list[str]:
     text = [
         "## Sample quality",
         "\n".join(facts),
-        _table(("score", *(point.label for point in points)), rows),
+        markdown_table(("score", *(point.label for point in points)), rows),
     ]
     if quality.ladder:
         text += [_differences(quality), "![quality against evaluations](quality.png)"]
@@ -288,7 +282,7 @@ def _published(details: Details) -> list[str]:
     return [
         "## Published numbers",
         ladder.caveat(details.num_test),
-        _table(("model", "nats", "method", "number"), rows),
+        markdown_table(("model", "nats", "method", "number"), rows),
     ]
 
 
