@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["expand_like", "sum_except_batch"]
+__all__ = ["expand_like", "norm_except_batch", "sum_except_batch"]
 
 
 def expand_like(coefficient: Tensor | float, x: Tensor) -> Tensor:
@@ -35,3 +35,8 @@ def expand_like(coefficient: Tensor | float, x: Tensor) -> Tensor:
 def sum_except_batch(x: Tensor) -> Tensor:
     """Sum of ``x (B, *shape)`` over everything but the batch: ``(B,)``."""
     return x.flatten(1).sum(1) if x.ndim > 1 else x
+
+
+def norm_except_batch(x: Tensor) -> Tensor:
+    """Euclidean norm of each image of ``x (B, *shape)``: ``(B,)``."""
+    return x.flatten(1).norm(dim=1)

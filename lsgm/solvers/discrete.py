@@ -23,6 +23,7 @@ from torch import Tensor
 from lsgm.sde import VESDE, VPSDE, LinearSDE, SubVPSDE
 from lsgm.solvers.base import Problem
 from lsgm.solvers.predictor_corrector import GaussianStep, PredictorCorrector
+from lsgm.tensors import norm_except_batch
 
 __all__ = ["DiscretePredictorCorrector", "Table"]
 
@@ -232,7 +233,7 @@ class DiscretePredictorCorrector(PredictorCorrector):
         if self.norm == "expected":
             ratio = torch.full((len(x),), problem.schedule.sigma[i], device=x.device, dtype=x.dtype)
         else:
-            sizes = noise.flatten(1).norm(dim=1), score.flatten(1).norm(dim=1)
+            sizes = norm_except_batch(noise), norm_except_batch(score)
             if self.norm == "batch":
                 sizes = sizes[0].mean().expand(len(x)), sizes[1].mean().expand(len(x))
             ratio = sizes[0] / sizes[1]

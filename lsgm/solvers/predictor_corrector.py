@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lsgm.solvers.base import Problem, StepSolver
 from lsgm.solvers.langevin import langevin_step
+from lsgm.tensors import norm_except_batch
 
 __all__ = ["PREDICTORS", "PredictorCorrector", "GaussianStep"]
 
@@ -162,12 +163,12 @@ class PredictorCorrector(StepSolver):
             # a step of 2 (a snr sigma)^2 along the score is a Langevin step of twice that size
             return langevin_step(problem, x, eps, sigma, (2 * a * self.snr) ** 2)
         noise = problem.noise(x)
-        ratio = _norm(noise) / _norm(eps)
+        ratio = norm_except_batch(noise) / norm_except_batch(eps)
         if self.norm == "batch":
-            ratio = _norm(noise).mean() / _norm(eps).mean() * torch.ones_like(ratio)
+            ratio = (
+                norm_except_batch(noise).mean()
+                / norm_except_batch(eps).mean()
+                * torch.ones_like(ratio)
+            )
         half = 2 * (a * self.snr * sigma * ratio.reshape(-1, *(1,) * (x.ndim - 1))) ** 2
         return x - half / sigma * eps + (2 * half).sqrt() * noise
-
-
-def _norm(x: Tensor) -> Tensor:
-    return x.flatten(1).norm(dim=1)
