@@ -87,7 +87,7 @@ def _plots(details: Details, out: Path, neighbours: int) -> None:
             for curve in details.curves
         ]
         bound_plot(series, out / "bounds.png")
-    if details.quality and details.quality.ladder:
+    if details.quality and details.quality.by_nfe:
         points = _by_nfe(details.quality)
         scores = [point.scores["frechet"] for point in points]
         series = Series(
@@ -109,8 +109,8 @@ def _plots(details: Details, out: Path, neighbours: int) -> None:
 
 
 def _by_nfe(quality: SampleQualityReport) -> list[QualityPoint]:
-    """The samples and the ladder by their evaluations, each number once."""
-    points = {point.nfe or 0.0: point for point in (*quality.ladder, quality.samples)}
+    """The samples of every number of evaluations, each number once."""
+    points = {point.nfe or 0.0: point for point in (*quality.by_nfe, quality.samples)}
     return [points[nfe] for nfe in sorted(points)]
 
 
@@ -228,7 +228,7 @@ def _quality(quality: SampleQualityReport) -> list[str]:
         "\n".join(facts),
         markdown_table(("score", *(point.label for point in points)), rows),
     ]
-    if quality.ladder:
+    if quality.by_nfe:
         text += [_differences(quality), "![quality against evaluations](quality.png)"]
     return text
 
@@ -237,7 +237,7 @@ def _differences(quality: SampleQualityReport) -> str:
     """Which numbers of evaluations differ by more than their error from the sampler's own."""
     own = quality.samples.scores["frechet"]
     found = []
-    for point in quality.ladder:
+    for point in quality.by_nfe:
         value, error = difference(point.scores["frechet"], own)
         found.append(f"{point.nfe:g}: {value:+.3g} +- {error:.2g}")
     return (
@@ -271,17 +271,17 @@ def _pictures(report: Any, details: Details, out: Path) -> list[str]:
 
 
 def _published(details: Details) -> list[str]:
-    ladder = details.published
-    if ladder is None:
+    table = details.published
+    if table is None:
         return []
     rows = (
         (number.model, f"{'<= ' * number.bound}{number.nats:.2f}", f"arXiv {number.citation}",
          number.source)
-        for number in ladder.numbers
+        for number in table.numbers
     )  # fmt: skip
     return [
         "## Published numbers",
-        ladder.caveat(details.num_test),
+        table.caveat(details.num_test),
         markdown_table(("model", "nats", "method", "number"), rows),
     ]
 
