@@ -22,7 +22,7 @@ from vae.random import Rng, rand
 
 __all__ = ["AutoregressiveBernoulli", "CausalContext", "CausalConv2d"]
 
-PICTURE_SEED = 0
+MEAN_SEED = 0
 ADDED_BLOCK_GAIN = 1e-2
 """Norm of the last kernels of a block that is added to a trained context: nearly the identity."""
 
@@ -169,12 +169,12 @@ class AutoregressiveBernoulli(Distribution):
 
     @property
     def mean(self) -> Tensor:
-        """:meth:`picture` from a fixed field of uniforms, the same for every image."""
-        return self.picture()
+        """:meth:`mean_estimate` from a fixed field of uniforms, the same for every image."""
+        return self.mean_estimate()
 
-    def picture(self, rng: Rng = None) -> Tensor:
+    def mean_estimate(self, rng: Rng = None) -> Tensor:
         shape = (1 if rng is None else len(self.features), *self._image_shape()[1:])
-        generator = torch.Generator().manual_seed(PICTURE_SEED) if rng is None else rng
+        generator = torch.Generator().manual_seed(MEAN_SEED) if rng is None else rng
         uniform = rand(shape, generator, device=self.features.device if rng else "cpu")
         return self._draw(uniform.to(self.features.device))[1]
 

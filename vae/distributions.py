@@ -49,8 +49,8 @@ class Distribution(ABC):
     def mean(self) -> Tensor:
         """Mean (B, C, H, W) in the range of the data."""
 
-    def picture(self, rng: Rng = None) -> Tensor:
-        """What is shown of it, (B, C, H, W): its mean, or where pixels depend on each other the
+    def mean_estimate(self, rng: Rng = None) -> Tensor:
+        """Unbiased estimate of the mean, (B, C, H, W): itself, or where pixels depend on each other the
         conditional means along one draw, whose expectation is the mean.
         """
         return self.mean

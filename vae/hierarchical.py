@@ -267,7 +267,7 @@ class HierarchicalVAE(nn.Module):
         device = self.decoder.top_feature.device
         for shape in self.latent_shapes[len(drawn) :]:
             drawn.append(temperature * randn((num, *shape), rng, device=device))
-        return (self.decode(drawn).picture(rng).clamp(-1, 1) + 1) / 2
+        return (self.decode(drawn).mean_estimate(rng).clamp(-1, 1) + 1) / 2
 
     def reconstruction(self, output: VAEOutput, x: Tensor) -> Tensor:
         """-log p(x | eps), (B,) in nats, without the padding."""

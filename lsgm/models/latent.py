@@ -149,7 +149,7 @@ class VAEModel(nn.Module):
         """Decoder means of one posterior draw for ``x`` ``(B, C, R, R)`` in [-1, 1]; images in [0,
         1] without padding.
         """
-        return self.to_images(self.vae(x, rng=rng).likelihood.picture(rng))
+        return self.to_images(self.vae(x, rng=rng).likelihood.mean_estimate(rng))
 
     def nelbo(self, x: Tensor, rng: Rng = None) -> NELBO:
         """One-sample NELBO of ``x`` ``(B, C, R, R)`` in [-1, 1] under the prior N(0, I)."""
@@ -170,10 +170,10 @@ class VAEModel(nn.Module):
 
     def decode(self, eps: Sequence[Tensor], rng: Rng = None) -> Tensor:
         """Images in [0, 1] from latents of all groups: the decoder's means, which only a decoder
-        with a context draws ``rng`` for (:meth:`vae.distributions.Distribution.picture`).
+        with a context draws ``rng`` for (:meth:`vae.distributions.Distribution.mean_estimate`).
         """
         likelihood = self.vae.decode(eps)
-        x = likelihood.sample(rng) if self._draws_pixels else likelihood.picture(rng)
+        x = likelihood.sample(rng) if self._draws_pixels else likelihood.mean_estimate(rng)
         return self.to_images(x).clamp(0, 1)
 
     @contextmanager
