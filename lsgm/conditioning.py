@@ -91,7 +91,7 @@ class ProjectionInpainting(Hook):
     """Hold the part ``P x_0`` of the result that is known: with the noise of each time on the way,
     exactly in the result.
 
-    Arguments:
+    Args:
         sde: The SDE that the solver runs.
         known: ``(B, *shape)``; only its projection matters.
         projector: The orthogonal projector ``P``.
@@ -117,7 +117,7 @@ class ProjectionInpainting(Hook):
 class ClassifierGuidance(Hook):
     """Steer towards what a noise-conditional classifier sees.
 
-    Arguments:
+    Args:
         sde: The SDE that the solver runs.
         log_prob: ``x_t (B, *shape), t (B,)`` -> ``ln p(y | x_t) (B,)`` of the wanted ``y``, in
             nats, differentiable in ``x_t``; rows must not depend on each other.
@@ -153,7 +153,7 @@ def classifier_free(eps_fn: ConditionalEpsFn, labels: Tensor, scale: float = 1.0
     ``scale`` is 1 for the conditional law and 0 for the unconditional one, each at one evaluation;
     others take two, which the solver counts as one call (``1 + w`` in arXiv 2207.12598 eq. 6).
 
-    Arguments:
+    Args:
         eps_fn: The conditional network.
         labels: The wanted class of each row ``(B,)``, int64.
         scale: Strength of the guidance.

@@ -76,7 +76,7 @@ class HutchinsonDivergence(Divergence):
     """Mean of ``p^T (dv/dx) p`` over random probes: one call of ``fn``, one backward pass for each
     probe.
 
-    Arguments:
+    Args:
         distribution: ``"rademacher"`` (entries +-1: exact for a diagonal Jacobian) or
             ``"gaussian"`` (the published one).
         num_probes: Probes averaged over.

@@ -96,7 +96,7 @@ def ode_log_density(
     t_end]``. State and log-density form one system with one error norm over the whole batch, so
     results depend on the batch within the tolerance.
 
-    Arguments:
+    Args:
         sde: The forward SDE.
         eps_fn: The noise prediction, called in the dtype of ``z0``; must act on each image by
             itself.

@@ -201,7 +201,7 @@ def probability_flow_velocity(sde: LinearSDE, eps: Tensor, x: Tensor, t: Tensor)
 class Solver(ABC):
     """A way from one time to another.
 
-    Arguments:
+    Args:
         state_dtype: Precision of the state. Use float32 on devices without float64.
         keep_trajectory: Return the states at all times as well.
         denoise: End with the posterior mean of the data, ``(z - sigma eps) / m`` at the last time
@@ -299,7 +299,7 @@ class Solver(ABC):
     ) -> Solution:
         """Move ``x (B, *shape)`` from ``times[0]`` to ``times[-1]``.
 
-        Arguments:
+        Args:
             sde: The forward SDE.
             eps_fn: The noise prediction; called in the dtype of ``x``.
             x: The state at ``times[0]``, for generation a sample of the SDE's prior.

@@ -120,7 +120,7 @@ DISCRETE_PREDICTORS: dict[str, Callable[[Problem, Table, int, Tensor, Tensor], G
 class DiscretePredictorCorrector(PredictorCorrector):
     """The published samplers on even times; the last predictor's mean is ``denoise``.
 
-    Arguments:
+    Args:
         predictor: ``"reverse_diffusion"``, ``"euler_maruyama"``, ``"ancestral"``, or None for the
             corrector alone. Ancestral sampling of a VP SDE has the chain's variance ``beta_i``.
         norm: As in :class:`PredictorCorrector`; ``"expected"`` is the published ``ald`` corrector.

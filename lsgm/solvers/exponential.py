@@ -37,7 +37,7 @@ def data_prediction(problem: Problem, x: Tensor, j: int) -> Tensor:
 class DDIM(StepSolver):
     """DDIM (arXiv 2010.02502 eq. 12): ``z / m`` moves by ``eps`` times the change of ``sigma / m``.
 
-    Arguments:
+    Args:
         eta: 0 is deterministic, 1 the ancestral sampler of the same times (ibid. eq. 16).
     """
 
@@ -142,7 +142,7 @@ class UniPC(_DataPredictionSolver):
     """UniPC, multistep, data prediction (arXiv 2302.04867 algorithms 1 and 2): every step but the
     last is corrected.
 
-    Arguments:
+    Args:
         order: Of the predictor-corrector pair, 2 to 4: the paper's UniPC-p has ``order = p + 1``.
         variant: ``B(h) = h`` (``"bh1"``) or ``exp(h) - 1`` (``"bh2"``).
     """

@@ -30,7 +30,7 @@ def langevin_step(problem: Problem, x: Tensor, eps: Tensor, sigma: float, ratio:
 class AnnealedLangevin(Solver):
     """Annealed Langevin dynamics over the noise levels of all given times, the first included.
 
-    Arguments:
+    Args:
         steps_per_level: Langevin steps at each level (the paper's T).
         step_ratio: ``a_i / sigma_i^2``, the same at every level; the paper's ``epsilon /
             sigma_L^2``, whose ``epsilon = 2e-5`` with ``sigma_L = 0.01`` is 0.2.

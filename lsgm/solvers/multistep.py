@@ -36,7 +36,7 @@ __all__ = ["MultistepSolver"]
 class MultistepSolver(StepSolver):
     """A multistep exponential integrator.
 
-    Arguments:
+    Args:
         order: Of the method; with a corrector the predictor is one lower.
         lower_order_final: Lower the order in the last steps (arXiv 2211.01095 appendix) of solves
             with fewer than ``8 order`` steps: steadier there. The last step is then of first order,

@@ -79,7 +79,7 @@ def step_weights(
     Gauss-Legendre quadrature in ``sqrt(u)``, in which ``g^2 / (2 sigma) du`` stays smooth where
     ``sigma`` vanishes.
 
-    Arguments:
+    Args:
         sde: The forward SDE.
         t: Start of the step.
         s: Its end.
@@ -135,7 +135,7 @@ class NormalReference(MultistepSolver):
     """The Normal-reference exponential integrator of this module; ``alpha = 1`` is DEIS (tAB of
     arXiv 2204.13902).
 
-    Arguments:
+    Args:
         order: Of the method, 1 to 4; with a corrector 2 to 4, the predictor being one lower.
         alpha: Weight of the non-Normal part, in [0, 1]: a number, or one per channel (a sequence,
             or a tensor such as the ``mixing (1, C, 1, 1)`` of a mixed-Normal score). It belongs to

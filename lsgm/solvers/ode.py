@@ -36,7 +36,7 @@ __all__ = ["AdaptiveODE", "Euler", "Heun", "RungeKutta4", "integrate_adaptive"]
 class _FixedStepODE(StepSolver):
     """One explicit Runge-Kutta step for each pair of times.
 
-    Arguments:
+    Args:
         variable: What the steps are taken in: ``"time"``, or ``"sigma"`` for ``sigma / m``.
     """
 
@@ -169,7 +169,7 @@ def integrate_adaptive(
     The whole of ``y`` is one system: its error norm is the root mean square over all entries, so
     the steps depend on the batch.
 
-    Arguments:
+    Args:
         function: Takes a 0-d float64 time and the state.
         y: The state at ``start``.
         start: The first time.
@@ -246,7 +246,7 @@ class AdaptiveODE(Solver):
     then the integration stops at every time. The step is shared by the batch: report the batch size
     with the NFE.
 
-    Arguments:
+    Args:
         rtol, atol: Relative and absolute tolerance of a step.
         backend: ``"torchdiffeq"`` or ``"scipy"``.
         velocity_dtype: Precision of the coefficients and the velocity; None is the state's. The

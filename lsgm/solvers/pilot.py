@@ -62,7 +62,7 @@ ALPHA_LIMITS = (1e-4, 1 - 1e-4)
 class Pilot:
     """Pilot starting points, their accurate solution, and the count of network calls spent.
 
-    Arguments:
+    Args:
         sde: The forward SDE.
         eps_fn: The noise prediction.
         start: States at time 1, ``(P, *shape)``, best of the noise that generation starts from.
@@ -161,7 +161,7 @@ def fit_pilot(
     takes ``nfe`` calls; the scan takes some 25 solves (3 or 4 without ``fit_options``), each
     iteration as many as there are free steps, at most ``MAX_NODES + 2``.
 
-    Arguments:
+    Args:
         pilot: The pilot trajectories.
         solver: A deterministic fixed-step solver.
         nfe: Network calls of a solve at most.

@@ -90,7 +90,7 @@ class PredictorCorrector(StepSolver):
     The corrector's step is ``2 a^2 (snr |e| / |score|)^2`` (ibid. algorithms 4 and 5, whose
     ``alpha_i`` is the ``a^2`` of the step that leaves the time).
 
-    Arguments:
+    Args:
         predictor: Name in ``PREDICTORS``, or None for the corrector alone (then ``z / m`` is kept
             from time to time).
         corrector_steps: Langevin steps at each time; 0 for the predictor alone.

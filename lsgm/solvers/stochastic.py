@@ -21,7 +21,7 @@ class SDEDPMSolverPP(StepSolver):
     """SDE-DPM-Solver++ (arXiv 2211.01095 appendix): the reverse SDE with the data prediction linear
     in ``lambda``.
 
-    Arguments:
+    Args:
         order: 2 is "2M"; 1 uses the newest evaluation alone (the ancestral sampler). Weak order,
             which for "2M" holds for problems with a linear score (there it is measured); otherwise
             the prediction's dependence on the noise within a step is neglected.
@@ -63,7 +63,7 @@ class EDMChurn(StepSolver):
     Each step first adds noise, up to a slightly earlier time, then takes a Heun step of the
     probability-flow ODE. The added noise never leads beyond ``t = 1``.
 
-    Arguments:
+    Args:
         churn: Total amount of added noise (the paper's S_churn); 0 is the deterministic sampler.
         churn_min, churn_max: Noise levels ``sigma / m`` between which noise is added (S_tmin,
             S_tmax).
