@@ -50,8 +50,10 @@ class Distribution(ABC):
         """Mean (B, C, H, W) in the range of the data."""
 
     def mean_estimate(self, rng: Rng = None) -> Tensor:
-        """Unbiased estimate of the mean, (B, C, H, W): itself, or where pixels depend on each other the
-        conditional means along one draw, whose expectation is the mean.
+        """Unbiased estimate of the mean, (B, C, H, W), which is what is shown.
+
+        It is the mean itself, or where pixels depend on each other the conditional means along one
+        draw.
         """
         return self.mean
 
