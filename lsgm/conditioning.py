@@ -15,6 +15,17 @@ of the result the conditional one in the limit of small last noise and many step
 that is ``eps - sigma grad ln p(y | x_t)`` (ibid. eq. 14, arXiv 2105.05233 algorithm 2). With a
 network that takes the class, :func:`classifier_free` extrapolates from its unconditional to its
 conditional prediction (arXiv 2207.12598).
+
+>>> from lsgm.conditioning import ProjectionInpainting, mask_projector
+>>> from lsgm.sde import VPSDE
+>>> from lsgm.solvers import make_grid, make_solver
+>>> sde, rng = VPSDE(), torch.Generator().manual_seed(0)
+>>> mask = torch.tensor([True, False])  # the first of two values is known
+>>> hook = ProjectionInpainting(sde, torch.full((3, 2), 0.5), mask_projector(mask))
+>>> start, times = sde.prior_sample((3, 2), rng), make_grid("time", sde, 20, 1e-3)
+>>> x = make_solver("ancestral").solve(sde, sde.normal_component, start, times, rng, [hook]).x
+>>> x[:, 0]
+tensor([0.5000, 0.5000, 0.5000])
 """
 
 from __future__ import annotations

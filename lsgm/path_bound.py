@@ -18,6 +18,16 @@ the latents. The number of steps and the variances decide only how tight the bou
 Paths are drawn backwards, ``z_N`` first and then ``q(z_s | z_t, z_0)``: the same joint law as the
 forward Markov chain, but only one state is held at a time and each ratio is one of nearby
 Gaussians.
+
+Under a prior N(0, I) every path of any number of steps has the weight ``p(z_0)``:
+
+>>> from lsgm.path_bound import PathPrior
+>>> from lsgm.sde import VPSDE
+>>> sde, z0 = VPSDE(), torch.tensor([[0.0, 0.0], [1.0, -2.0]], dtype=torch.float64)
+>>> chain = PathPrior.of(sde, sde.normal_component, steps=3)
+>>> log_w = chain.log_weight(z0, torch.Generator().manual_seed(0))
+>>> torch.allclose(log_w, sde.prior_log_prob(z0))
+True
 """
 
 from __future__ import annotations

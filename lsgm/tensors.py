@@ -1,4 +1,10 @@
-"""Broadcasting and reductions: the first axis is the batch, all others are treated alike."""
+"""Broadcasting and reductions: the first axis is the batch, all others are treated alike.
+
+>>> from lsgm.tensors import expand_like, sum_except_batch
+>>> x = torch.ones(2, 3, 4)
+>>> sum_except_batch(expand_like(torch.tensor([1.0, 2.0]), x) * x)
+tensor([12., 24.])
+"""
 
 from __future__ import annotations
 

@@ -12,6 +12,19 @@ density above; ``"mixture"``, that with a share of ``w(t)``, which bounds the we
 and third differ for the sub-VP SDE alone, to which the paper's code gives the times of the VP SDE.
 Networks that predict the noise without a Normal component are better served by ``w(t)`` alone
 (:func:`weighted_times`).
+
+For N(0, I) data and the likelihood's weighting the estimate is the same at every time drawn:
+
+>>> from lsgm.sde import VPSDE
+>>> from lsgm.times import make_proposal
+>>> from lsgm.weighting import make_weighting
+>>> sde, likelihood = VPSDE(), make_weighting("likelihood")
+>>> proposal = make_proposal("importance", sde, likelihood)
+>>> times = proposal.sample(100, torch.Generator().manual_seed(0), stratified=True)
+>>> error = 1 - sde.var(times.t)  # expectation of || eps_hat - eps ||^2, a variable
+>>> estimates = likelihood(sde, times.t) * error * times.inverse_density
+>>> bool(estimates.std() < 1e-9 * estimates.mean())
+True
 """
 
 from __future__ import annotations

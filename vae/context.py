@@ -6,6 +6,13 @@ place and from a window of the pixels before it, by masked convolutions (PixelCN
 takes the local one, thickness and smoothness of a stroke (PixelVAE, arXiv 1611.05013; variational
 lossy autoencoder, arXiv 1611.02731). The likelihood is exact and parallel over pixels; drawing an
 image takes one small evaluation per pixel.
+
+>>> from vae.context import AutoregressiveBernoulli, CausalContext
+>>> context = CausalContext(image_channels=1, width=8, kernel_size=3, num_blocks=1)
+>>> likelihood = AutoregressiveBernoulli(torch.zeros(2, 8, 4, 4), context)
+>>> x = likelihood.sample(torch.Generator().manual_seed(0))  # pixel by pixel
+>>> tuple(likelihood.log_prob(x).shape)  # at once
+(2, 1, 4, 4)
 """
 
 from __future__ import annotations

@@ -1,6 +1,14 @@
 """The variational bound of the hierarchical VAE: KL terms, their annealing and balancing, bounds.
 
 All values are nats. ``B`` images, ``N`` latent groups, coarsest first.
+
+>>> from vae.objective import importance_weighted_bound, kl_coefficient
+>>> schedule = {"anneal_portion": 0.5, "const_portion": 0.1, "minimum": 0.1, "maximum": 1.0}
+>>> [round(kl_coefficient(step, 100, **schedule), 2) for step in (0, 35, 100)]
+[0.1, 0.55, 1.0]
+>>> log_weights = torch.tensor([[-101.0], [-99.0]])  # two draws for one image
+>>> round(importance_weighted_bound(log_weights).item(), 2)  # above their mean, -100
+-99.57
 """
 
 from __future__ import annotations

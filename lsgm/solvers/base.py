@@ -7,6 +7,26 @@ is: ``(B, D)`` and ``(B, C, H, W)`` are alike.
 
 The state is kept in ``state_dtype`` (float64 unless asked otherwise); the network is called in the
 dtype in which ``x`` came. The one place that converts is :meth:`Problem.eps`.
+
+A solver of your own says its order, its network calls and how it takes a step:
+
+>>> from lsgm.sde import VPSDE
+>>> from lsgm.solvers.base import StepSolver
+>>> from lsgm.solvers.grids import uniform_time
+>>> class Euler(StepSolver):
+...     order = 1
+...
+...     def _calls(self, num_steps):
+...         return num_steps
+...
+...     def _step(self, problem, i, x, history):
+...         t, t_next = problem.times[i], problem.times[i + 1]
+...         eps = problem.eps(x, t.item())
+...         return x + (t_next - t) * probability_flow_velocity(problem.sde, eps, x, t)
+>>> sde, x = VPSDE(), torch.ones(1, 2)
+>>> solution = Euler().solve(sde, sde.normal_component, x, uniform_time(sde, 10, 0.01))
+>>> solution.x, solution.nfe  # the flow of N(0, I) is the identity
+(tensor([[1., 1.]]), 10)
 """
 
 from __future__ import annotations

@@ -7,6 +7,15 @@ the exact transition between neighbouring times, these take a step of ``1/N`` of
 (Euler-Maruyama), or the step that leads to noise level ``i = floor(t (N - 1))`` of a table of ``N``
 levels: ``sigma_i`` geometric (VE), ``beta_i`` linear (VP); ``floor`` acts on float32. All that
 matters little to the samples and much to whoever wants to see the published ones again.
+
+>>> from lsgm.sde import VPSDE
+>>> from lsgm.solvers.discrete import DiscretePredictorCorrector
+>>> sde, rng = VPSDE(), torch.Generator().manual_seed(0)
+>>> solver = DiscretePredictorCorrector(predictor="ancestral", levels=100, denoise=True)
+>>> times = torch.linspace(1, 1e-3, 100, dtype=torch.float64)
+>>> solution = solver.solve(sde, sde.normal_component, sde.prior_sample((500, 2), rng), times, rng)
+>>> solution.nfe, abs(solution.x.std().item() - 1) < 0.1  # samples of N(0, I)
+(100, True)
 """
 
 from __future__ import annotations

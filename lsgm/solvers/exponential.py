@@ -9,6 +9,17 @@ time s is (arXiv 2211.01095 proposition 4.1)
 
 DPM-Solver++ and UniPC take the polynomial in ``lambda`` through the evaluations of ``x0``; UniPC
 corrects every step.
+
+>>> import torch
+>>> from lsgm.sde import VPSDE
+>>> from lsgm.solvers.exponential import DDIM, DPMSolverPP
+>>> from lsgm.solvers.grids import make_grid
+>>> sde, x = VPSDE(), torch.ones(1, 2)
+>>> for solver in (DDIM(), DPMSolverPP(order=3)):  # the exact flow of N(0, I) ends at 1
+...     times = make_grid(solver.default_grid, sde, 20, 1e-3)
+...     print(round(solver.solve(sde, sde.normal_component, x, times).x[0, 0].item(), 3))
+0.926
+1.003
 """
 
 from __future__ import annotations

@@ -27,6 +27,13 @@ exponential Adams-Bashforth method with one network call a step. ``alpha = 1`` i
 2204.13902); ``alpha = 0`` is exact on N(0, I) for any step. Since ``R`` is never divided by
 ``alpha``, small values lose no digits. With a corrector the new evaluation joins the polynomial (as
 UniC does, arXiv 2302.04867), one order more at the same number of calls.
+
+>>> from lsgm.sde import VPSDE
+>>> from lsgm.solvers.normal_reference import NormalReference
+>>> sde, x, times = VPSDE(), torch.ones(1, 2), torch.tensor([1.0, 0.01])
+>>> found = NormalReference(alpha=0.0, order=1).solve(sde, sde.normal_component, x, times).x
+>>> torch.allclose(found, x)  # one step, and exact
+True
 """
 
 from __future__ import annotations

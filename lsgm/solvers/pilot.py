@@ -16,6 +16,19 @@ The outcome is a solver and a plain tensor of times: values, which can be saved 
 other noise. A pilot of ``P`` points determines the few numbers from ``P`` times as many equations
 as the state has components. The optimum of few-step grids by minimising the distance to accurate
 trajectories is also in arXiv 2402.17376 and 2405.11326, for other solvers and searches.
+
+>>> from lsgm.sde import VPSDE
+>>> from lsgm.solvers import make_solver
+>>> from lsgm.solvers.pilot import Pilot, fit_pilot
+>>> sde = VPSDE()
+>>> def eps(x, t):  # of data from N(0, 0.01 I)
+...     var = sde.var(t)[:, None]
+...     return var.sqrt() / (0.01 * sde.mean_coef(t)[:, None] ** 2 + var) * x
+>>> start = sde.prior_sample((8, 2), torch.Generator().manual_seed(0), dtype=torch.float64)
+>>> pilot = Pilot(sde, eps, start, t_end=1e-3)
+>>> fit = fit_pilot(pilot, make_solver("ddim"), nfe=4, iterations=2)
+>>> bool(fit.error < fit.start_error), len(fit.times)
+(True, 5)
 """
 
 from __future__ import annotations

@@ -1,4 +1,15 @@
-r"""Stochastic exponential integrators: few-step solvers of the reverse SDE."""
+r"""Stochastic exponential integrators: few-step solvers of the reverse SDE.
+
+>>> from lsgm.sde import VPSDE
+>>> from lsgm.solvers.grids import make_grid
+>>> from lsgm.solvers.stochastic import SDEDPMSolverPP
+>>> sde, rng = VPSDE(), torch.Generator().manual_seed(0)
+>>> times = make_grid("log_snr", sde, 50, 1e-3)
+>>> start = sde.prior_sample((500, 2), rng)
+>>> x = SDEDPMSolverPP().solve(sde, sde.normal_component, start, times, rng).x
+>>> abs(x.std().item() - 1) < 0.1  # samples of N(0, I)
+True
+"""
 
 from __future__ import annotations
 
