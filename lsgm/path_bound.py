@@ -5,7 +5,9 @@ the data ``z_0`` (arXiv 2006.11239 section 3; arXiv 2107.00630 eq. 11),
 
     p(z_N) = N(0, prior_var I),    p(z_s | z_t) = N( (z_t - b^2 eps(z_t, t) / sigma_t) / a, c I ) ,
 
-where ``z_t = a z_s + b e`` is the forward transition between neighbouring times; of the last step
+where ``z_t = a z_s + b e`` is the forward transition between neighbouring times (``a^2`` and
+``b^2`` are ``alpha_t`` and ``beta_t`` of arXiv 2006.11239, whose ``t`` counts steps, and ``a`` and
+``b^2`` are ``alpha_(t|s)`` and ``sigma^2_(t|s)`` of arXiv 2107.00630); of the last step
 ``z_s`` is ``z_0`` (``a = m_t``, ``b = sigma_t``). With the optimal ``eps`` the mean is exactly
 ``E[z_s | z_t]``, whatever the data. For a path drawn from ``q(z_N, ..., z_1 | z_0)``
 
@@ -205,13 +207,14 @@ class PathPrior:
         ``(B,)`` nats, float64; the expectation of its exponential is ``p(z_0)``. The network is
         called in the dtype of ``z0``.
         """
+        # float64: log w is a sum over steps and elements of differences of nearly equal terms
         z_data, first = z0.double(), self.steps[0]
         noise = randn(z0.shape, rng, device=z0.device).double()
         z = first.m * z_data + math.sqrt(first.var) * noise
         log_w = _log_ratio(z.square() / self.sde.prior_var, noise, self.sde.prior_var / first.var)
         for i, step in enumerate(self.steps):
             mean, variance = self._mean(z, i, z0.dtype), self.variances[i].to(z)
-            if step.last:
+            if step.last:  # q ends at z_1, so the decoder's density stands alone
                 error = (z_data - mean).square() / variance
                 return log_w - 0.5 * sum_except_batch(error + (2 * math.pi * variance).log())
             noise = randn(z0.shape, rng, device=z0.device).double()
@@ -263,7 +266,8 @@ class PathPrior:
             residual, correction = torch.cat(residuals), torch.cat(corrections)
             size = correction.square().sum()
             fit = ((residual * correction).sum() / size).clamp(0, 1).item() if size > 0 else 1.0
-            # The coefficient of least variance; the error is known where there is no correction.
+            # The control variate's coefficient of least variance, per channel; the error is known
+            # where there is no correction.
             control = residual.square() - torch.cat(known)
             excess = (residual - fit * correction).square() - torch.cat(known)
             centred = control - _channel_mean(control)
@@ -279,6 +283,7 @@ def _log_ratio(error: Tensor, noise: Tensor, var_ratio: Tensor | float) -> Tenso
     """``log N(z; mean_p, var_p) - log N(z; mean_q, var_q)`` summed over an image, from the squared
     error in units of ``var_p``, the noise that made ``z`` from ``q``, and ``var_p / var_q``.
     """
+    # ln(2 pi) cancels, and the error of q is its own noise: exact, and small where p is close to q
     log_var = torch.as_tensor(var_ratio, dtype=noise.dtype, device=noise.device).log()
     return -0.5 * sum_except_batch(error - noise.square() + log_var)
 

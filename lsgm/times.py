@@ -184,6 +184,7 @@ class ClockTimes(TimeProposal):
         self.start, self.length = start, end - start
 
     def from_uniform(self, rho: Tensor) -> TimeSample:
+        # rounding in the inverse may leave the interval at its ends
         t = self.clock.inverse(self.start + self.length * rho.double()).clamp(self.t_min, 1.0)
         return TimeSample(t, self.length / self.clock.rate(t))
 
@@ -276,6 +277,8 @@ def _truncated_normal_clock(sde: VPSDE) -> Clock | None:
 
     None where ``beta`` is so close to constant that the piece lies far in the Gaussian's tail.
     """
+    # Completing the square, B(t) = slope (t + centre)^2 / 2 - beta_start centre / 2. The condition
+    # keeps the constant, whose exponential is in the factor, below 16.
     slope = sde.beta_end - sde.beta_start
     if slope <= 0 or sde.beta_start > 4 * math.sqrt(2 * slope):
         return None

@@ -79,9 +79,12 @@ class DDIM(StepSolver):
             schedule.sigma[i + 1],
         )
         eps = problem.eps(x, schedule.t[i])
+        # the paper's alpha_t is m^2 here, its sqrt(1 - alpha_t) is sigma
         if self.eta == 0:
             return ratio * x + (sigma_next - ratio * sigma) * eps
         _, b2 = schedule.transition(i)
+        # eta^2 times the variance b^2 sigma_s^2 / sigma_t^2 of q(z_s | z_t, z_0); the predicted
+        # noise keeps what is left of sigma_s^2
         fresh = self.eta**2 * b2 * (sigma_next / sigma) ** 2
         kept = math.sqrt(max(sigma_next**2 - fresh, 0.0))
         return ratio * x + (kept - ratio * sigma) * eps + math.sqrt(fresh) * problem.noise(x)
@@ -106,6 +109,8 @@ class _DataPredictionSolver(MultistepSolver):
             schedule.sigma[i + 1] / schedule.sigma[i] * x
             - schedule.m[i + 1] * math.expm1(-h) * here
         )
+        # The first term takes the data prediction as constant over the step: DDIM. What follows are
+        # divided differences from `here` to the other nodes, in units of h: (v_j - here) / r_j.
         others = [j for j in range(len(values)) if j != i - first]
         ratios = [(lam[first + j] - lam[i]) / h for j in others]
         for j, ratio, weight in zip(others, ratios, self._weights(h, ratios), strict=True):
@@ -118,6 +123,9 @@ class _DataPredictionSolver(MultistepSolver):
         """
         if len(ratios) < 2:
             return [0.5 * self._scale(h)] * len(ratios)  # one unknown: 1/2 to leading order
+        # The k-th condition (from 0) has (k + 1)! (-h) phi_(k+2)(-h) on its right, with
+        # phi_1(x) = (e^x - 1) / x and x phi_(k+1)(x) = phi_k(x) - 1 / k!. `phi` is the product of
+        # the last two factors.
         phi, factorial, right = math.expm1(-h) / -h - 1, 1, []
         for k in range(len(ratios)):
             right.append(phi * factorial)

@@ -94,6 +94,9 @@ def step_weights(
         alpha: ``(A,)``, float64.
         variable: Name in ``EXTRAPOLATION_VARIABLES``.
     """
+    # u = r^2, du = 2 r dr. For a VP SDE from no noise sigma_u is about sqrt(beta_start u) near
+    # zero, so that 1 / sigma in the integrand cancels against r. In a step backwards in time dr,
+    # and with it the measure, is negative.
     left, right = t**0.5, s**0.5
     root = 0.5 * (right + left) + 0.5 * (right - left) * _NODES
     u = root.square()
@@ -101,9 +104,12 @@ def step_weights(
     m, total = sde.mean_coef(ends), sde.total_var(ends)
 
     def propagator_to_s(m_u: Tensor, total_u: Tensor) -> Tensor:
+        # E(s, u): the integral of the linear part in closed form, since f = (ln m)' and
+        # f + g^2 / (2 V) = (ln V)' / 2
         log_m, log_total = (m[1] / m_u).log(), 0.5 * (total[1] / total_u).log()
         return (alpha[:, None] * log_m + (1 - alpha[:, None]) * log_total).exp()
 
+    # (right - left) / 2 is the half-width of the interval of Gauss-Legendre, 2 r dr the rest
     measure = (right - left) * root * _WEIGHTS * sde.g2(u) / (2 * sde.var(u).sqrt())
     integrand = measure * propagator_to_s(sde.mean_coef(u), sde.total_var(u))  # (A, Q)
     x_of = EXTRAPOLATION_VARIABLES[variable]
@@ -185,6 +191,7 @@ class NormalReference(MultistepSolver):
         return False
 
     def _integrate(self, problem: Problem, x: Tensor) -> list[Tensor]:
+        # "few steps" is known only here, so the plain method takes over for this solve
         if self.corrector and problem.num_steps < self.corrector_from:
             plain = replace(self, corrector=False, lower_order_final=False)
             return plain._integrate(problem, x)
@@ -197,7 +204,7 @@ class NormalReference(MultistepSolver):
         nodes = tuple(t[first : first + len(values)])
         alpha = self._alphas(x)
         weights = _coefficients(problem.sde, t[i], t[i + 1], nodes, alpha, self.variable)
-        if len(alpha) == 1:
+        if len(alpha) == 1:  # as numbers rather than tensors: one kernel launch per node
             propagator, *residual = weights[:, 0].tolist()
             x = propagator * x
             for weight, value in zip(residual, values, strict=True):

@@ -71,6 +71,7 @@ class _FixedStepODE(StepSolver):
 
             return schedule.t[i], schedule.t[i + 1], velocity, 1.0, 1.0
 
+        # The ends of the step have their exact times; only a stage within it (RK4) is inverted.
         known = {schedule.sigma_hat[j]: schedule.t[j] for j in (i, i + 1)}
 
         def eps(y: Tensor, level: float) -> Tensor:
@@ -130,6 +131,8 @@ class Heun(_FixedStepODE):
         u, u_next, slope, scale, scale_next = self._system(problem, i)
         y, h = x / scale, u_next - u
         first = slope(y, u)
+        # EDM's rule: eps of a state without noise means nothing, and in the variable time its
+        # factor g^2 / (2 sigma) is infinite
         if problem.schedule.sigma[i + 1] == 0:
             return scale_next * (y + h * first)
         second = slope(y + h * first, u_next)
@@ -231,6 +234,7 @@ def integrate_adaptive(
         except AssertionError as error:
             raise UserError(f"dopri5 failed, its steps became too small ({error})") from error
 
+    # scipy integrates forwards in u = direction * t
     direction = math.copysign(1.0, end - start)
 
     def flat(u: float, state: np.ndarray) -> np.ndarray:

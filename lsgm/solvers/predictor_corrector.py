@@ -9,7 +9,8 @@ solver's ``denoise``. Any pair composes and each alone is a sampler.
 The discrete predictors use the exact transition ``z_t = a z_s + b e`` of the linear SDE, ``a = m_t
 / m_s``, ``b^2 = sigma_t^2 - a^2 sigma_s^2``. For the VE SDE these are the published formulas; for
 the VP SDE ``b^2`` is the discrete chain's ``beta_i`` (in place of its first-order value ``beta(t)
-dt``).
+dt``). The paper counts noise levels upwards, ``x_N`` first and ``x_0`` last; ``i`` here counts
+times downwards, and ``z_i`` is the state before step ``i``.
 
 >>> from lsgm.sde import VPSDE
 >>> from lsgm.solvers.grids import make_grid
@@ -166,7 +167,8 @@ class PredictorCorrector(StepSolver):
     def _correct(self, problem: Problem, i: int, x: Tensor) -> Tensor:
         """``x`` after one Langevin step at ``times[i]``."""
         schedule = problem.schedule
-        # The step after the last time leads to time zero, where m = 1.
+        # The paper's corrector at x_i takes alpha_i of the chain, the square of the factor between
+        # this level and the next one down; the one after the last time leads to time zero, m = 1.
         sigma, a = schedule.sigma[i], schedule.m[i] / [*schedule.m, 1.0][i + 1]
         eps = problem.eps(x, schedule.t[i])
         if self.norm == "expected":
@@ -180,5 +182,7 @@ class PredictorCorrector(StepSolver):
                 / norm_except_batch(eps).mean()
                 * torch.ones_like(ratio)
             )
+        # The paper's epsilon = 2 alpha (snr |e| / |score|)^2, where |score| is |eps| / sigma, and
+        # its step x + epsilon score + sqrt(2 epsilon) e.
         half = 2 * (a * self.snr * sigma * ratio.reshape(-1, *(1,) * (x.ndim - 1))) ** 2
         return x - half / sigma * eps + (2 * half).sqrt() * noise
