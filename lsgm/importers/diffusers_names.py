@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lsgm.networks.layers import AttentionBlock, ResidualBlock
 from lsgm.networks.ncsnpp import DownLevel, NCSNpp, OutputSkip, UpLevel
