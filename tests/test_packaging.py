@@ -161,3 +161,12 @@ def test_a_wrong_name_is_one_line():
             COMMANDS[name](["nothing"], prog)
     with pytest.raises(UserError, match="no such configuration; did you mean digits/vae"):
         COMMANDS["configs"](["digits/va"], "lsgm configs")
+
+
+@pytest.mark.parametrize("name", ["import", "export"])
+def test_few_arguments_have_the_same_two_helps(name, capsys):
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as stop:
+            COMMANDS[name]([flag], f"lsgm {name}")
+        text = capsys.readouterr().out
+        assert stop.value.code == 0 and text.startswith(f"usage: lsgm {name} ") and "--out" in text

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lsgm.config.training import DataConfig
 from lsgm.errors import UserError
@@ -15,6 +14,7 @@ from lsgm.models.images import DataSGM
 from lsgm.models.latent import VAEModel
 from lsgm.models.loading import load
 from lsgm.models.release import load_data_config
+from lsgm.system.arguments import ArgumentParser
 
 __all__ = ["TARGETS", "export_command"]
 
@@ -31,11 +31,6 @@ TARGETS: dict[str, Callable[[Any, DataConfig, Path], str]] = {"diffusers": _to_d
 """What a model can be exported to, by name."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
 def export_command(argv: Sequence[str], prog: str | None = None) -> None:
     """Write the model of a finished run in the form of other software.
 
@@ -43,7 +38,7 @@ def export_command(argv: Sequence[str], prog: str | None = None) -> None:
         UserError: RUN is no finished run, its model has no place in the target, DIR is there
             already, or the arguments are wrong.
     """
-    parser = _Parser(prog=prog, description=(export_command.__doc__ or "").split("\n\n")[0])
+    parser = ArgumentParser(prog, export_command.__doc__)
     parser.add_argument("run", metavar="RUN", help="folder of a finished run")
     parser.add_argument(
         "--to",

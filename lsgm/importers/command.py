@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from typing import NoReturn
 
 from lsgm.errors import UserError
 from lsgm.importers.formats import AUTO, IMPORTERS, detect_format
+from lsgm.system.arguments import ArgumentParser
 
 __all__ = ["import_command"]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
 
 
 def import_command(argv: Sequence[str], prog: str | None = None) -> None:
@@ -24,7 +18,7 @@ def import_command(argv: Sequence[str], prog: str | None = None) -> None:
     Raises:
         UserError: As the importers, and for wrong arguments.
     """
-    parser = _Parser(prog=prog, description=(import_command.__doc__ or "").split("\n\n")[0])
+    parser = ArgumentParser(prog, import_command.__doc__)
     parser.add_argument(
         "format", choices=[AUTO, *sorted(IMPORTERS)], help="what wrote the file; auto: find out"
     )
