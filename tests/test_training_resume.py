@@ -16,7 +16,7 @@ from lsgm.training import TrainingInterrupted, resume_command
 from lsgm.training.interrupt import StopNow, StopSignal
 
 TOY = Path(__file__).parent / "training_toy.py"
-CLOCKS = ("time", "train_seconds", "eval_seconds", "images_per_second")
+CLOCKS = ("time", "train_seconds", "eval_seconds", "images_per_second", "crc32")
 
 
 def same(a, b):
