@@ -28,6 +28,7 @@ from lsgm.config.checks import (
     require_non_negative,
     require_positive,
 )
+from lsgm.config.names import DatasetName, ProposalName, WeightingName
 
 __all__ = [
     "DataConfig",
@@ -49,7 +50,7 @@ RETIRED_KEYS = frozenset({"prior.weighting_q"})
 class DataConfig:
     """Which images, and what is done to them before the model sees them."""
 
-    name: Literal["digits", "mnist", "omniglot", "cifar10", "folder"] = "digits"
+    name: DatasetName = "digits"
     """Dataset. digits (16x16, needs no download), mnist and omniglot are binarised."""
     root: str | None = None
     """Folder of the data (folder: the images). None: environment LSGM_DATA, else ~/.cache/lsgm."""
@@ -284,10 +285,10 @@ class ScoreObjectiveConfig:
     """Denoising score matching; sliced score matching, plain or with its variance reduced."""
     projections: int = 1
     """ssm, ssm_vr: random projections per image."""
-    weighting: Literal["likelihood", "unweighted", "reweighted", "rescaled"] = "unweighted"
+    weighting: WeightingName = "unweighted"
     """score_sde: weight of the squared error of the noise over time. (ncsn: sigma^2 of the score,
     which is unweighted.)"""
-    proposal: Literal["uniform", "importance", "optimal", "mixture", "weighted"] = "uniform"
+    proposal: ProposalName = "uniform"
     """score_sde: training times: uniform; weighted: in proportion to the weight; importance and
     optimal: less where data that are N(0, I) have no error, LSGM's choice (2106.05931); mixture:
     mostly optimal, some weighted."""
@@ -342,6 +343,6 @@ class NCSNTrainConfig:
 
     def __post_init__(self) -> None:
         require(
-            self.kind != "score_sde" or self.score.network == "ncsnpp",
+            self.kind != "score_sde" or self.score.network != "refinenet",
             "score.network: refinenet has discrete noise levels; kind score_sde needs ncsnpp",
         )
