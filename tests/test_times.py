@@ -128,7 +128,7 @@ def test_estimator_is_unbiased(name: str, sde: LinearSDE, weighting: Weighting) 
     assert abs(terms.mean().item() - exact) < 0.2 * standard_error + 1e-9
 
 
-@pytest.mark.parametrize("sde", ["vp", "subvp", "ve", "geometric-s0"])
+@pytest.mark.parametrize("sde", ["vp", "subvp", "ve"])
 @pytest.mark.parametrize("weighting", ["likelihood", "unweighted", "reweighted"])
 def test_weighted_times_make_every_time_count_alike(sde: str, weighting: str) -> None:
     """``w(t) / p(t)`` is the integral of the weight, whatever the time."""

@@ -32,6 +32,7 @@ from lsgm.config.names import DatasetName, ProposalName, WeightingName
 
 __all__ = [
     "DataConfig",
+    "FitConfig",
     "LSGMTrainConfig",
     "NCSNTrainConfig",
     "ObjectiveConfig",
@@ -346,3 +347,21 @@ class NCSNTrainConfig:
             self.kind != "score_sde" or self.score.network != "refinenet",
             "score.network: refinenet has discrete noise levels; kind score_sde needs ncsnpp",
         )
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """The settings of :func:`lsgm.fit`, which its run folder keeps."""
+
+    name: str = "fit"
+    """Name of the run."""
+    objective: ScoreObjectiveConfig = field(default_factory=ScoreObjectiveConfig)
+    """Score models: the training objective."""
+    elbo: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """VAE and LSGM: the evidence lower bound and its regularisers."""
+    optim: OptimConfig = field(default_factory=_score_optimizer)
+    """The optimizer (LSGM: the prior's)."""
+    optim_vae: OptimConfig = field(default_factory=_second_stage_vae_optimizer)
+    """LSGM: the VAE's optimizer."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The training loop."""
