@@ -32,9 +32,9 @@ from lsgm.models.latent import LSGM, VAEModel
 from lsgm.models.release import check_weights, load_weights, read_description, save
 from lsgm.system.files import json_text
 from lsgm.times import make_proposal
+from lsgm.training.context import EvalContext, Evaluate
 from lsgm.training.distributed import distributed, gather_rows, on_main
 from lsgm.training.evaluation import evaluate_score_model, evaluate_vae
-from lsgm.training.loop import EvalContext, Evaluate
 from lsgm.training.precision import autocast
 from lsgm.training.runs.latent import with_weights
 from lsgm.training.runs.launch import OpenRun, Training, open_run

@@ -27,7 +27,7 @@ from lsgm.training.stages.classifier import (ClassifierStage)
 from lsgm.training.distributed import distributed
 from lsgm.training.evaluation import evaluate_classifier, evaluate_score_model
 from lsgm.training.runs.launch import OpenRun, Training, open_run
-from lsgm.training.loop import EvalContext
+from lsgm.training.context import EvalContext
 from lsgm.training.runs.resume import (Resume)
 from lsgm.training.stages.score import (ScoreStage)
 from lsgm.training.state import TrainState

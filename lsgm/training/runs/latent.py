@@ -22,7 +22,7 @@ from lsgm.sde import largest_squared_distance
 from lsgm.training.distributed import distributed
 from lsgm.training.evaluation import evaluate_vae
 from lsgm.training.runs.launch import OpenRun, Training, open_run
-from lsgm.training.loop import EvalContext
+from lsgm.training.context import EvalContext
 from lsgm.training.runs.resume import (Resume)
 from lsgm.training.stages.latent import (LSGMStage, VAEStage)
 from lsgm.training.state import Stage, TrainState

@@ -19,7 +19,8 @@ from lsgm.system.locks import (FolderLock)
 from lsgm.models.release import (Described)
 from lsgm.training.best import BestWeights, Release
 from lsgm.training.distributed import World, on_main
-from lsgm.training.loop import DrawCurves, Evaluate, fit
+from lsgm.training.context import DrawCurves, Evaluate
+from lsgm.training.loop import fit
 from lsgm.training.runs.resume import (Plan, Resume, plan, record_changes, release_notes)
 from lsgm.training.state import Stage
 
