@@ -136,7 +136,14 @@ class _Trainer:
             torch.backends.cudnn.benchmark = True  # batches have one shape
         unused = stage.find_unused_parameters
         self.step: Step | None = Step(
-            self.state, wrap(stage, world, find_unused_parameters=unused), config, world
+            self.state,
+            wrap(stage, world, find_unused_parameters=unused),
+            world,
+            seed=config.seed,
+            accumulate=config.accumulate,
+            precision=config.precision,
+            shared_noise=config.shared_noise,
+            channels_last=config.channels_last,
         )
         self.checkpoints = Checkpoints(run.checkpoints, config.keep_checkpoints)
         self.logger = RunLogger(run, self.state.total_steps, enabled=world.is_main)
