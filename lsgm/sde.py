@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lsgm.bisection import invert
-from lsgm.config.checks import require
+from lsgm.errors import require
 from lsgm.registry import SDES
 from lsgm.tensors import expand_like, sum_except_batch
 from vae.random import Rng, randn
@@ -158,8 +158,14 @@ def _with_rate(fn: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tenso
     """``fn(t)`` and its derivative by forward-mode autograd, in float64: ``(B,)`` each."""
     t = t.detach().double()
     # func.jvp works whatever gradient mode or transform the caller is in
-    value, rate = torch.func.jvp(fn, (t,), (torch.ones_like(t),))
+    value, rate = torch.func.jvp(fn, (t,), (torch.ones_like(t),))[:2]
     return value, rate
+
+
+MAX_BETA = 1000.0
+"""Largest beta(0) + beta(1): the mean coefficient at t = 1, ``exp(-MAX_BETA / 4)``, and its square
+are still numbers of float64.
+"""
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
@@ -181,6 +187,11 @@ class _LinearBetaSDE(LinearSDE):
         require(
             0 <= self.beta_start <= self.beta_end,
             f"beta_start: must lie in [0, beta_end = {self.beta_end:g}], not {self.beta_start}",
+        )
+        require(
+            self.beta_start + self.beta_end <= MAX_BETA,
+            f"beta_end: beta_start + beta_end must be at most {MAX_BETA:g}, or nothing of the data "
+            f"is left at t = 1, not {self.beta_start + self.beta_end:g}",
         )
         _check_range("sigma2_0", self.sigma2_0, 0, 1)
         _check_range("time_eps", self.time_eps, 0, 1)

@@ -11,7 +11,7 @@ from sde_cases import CASES, all_sdes
 from torch import Tensor
 
 from lsgm.config.architecture import SDEConfig
-from lsgm.objectives import NormalReference
+from lsgm.objectives import NormalControlVariate
 from lsgm.registry import PROPOSALS
 from lsgm.sde import (
     SDES,
@@ -237,7 +237,7 @@ def test_a_configuration_accepts_what_its_sde_accepts(kind: str, options: dict[s
     sde = make_sde(**asdict(SDEConfig(kind, **options)))
     assert type(sde) is SDES[kind]
     make_proposal("importance", sde, make_weighting("likelihood"))
-    assert math.isfinite(NormalReference.of(sde).offset)
+    assert math.isfinite(NormalControlVariate.of(sde).offset)
 
 
 @pytest.mark.parametrize(
@@ -314,4 +314,4 @@ def test_every_proposal_and_bound_takes_an_own_sde() -> None:
     for name in PROPOSALS:
         sample = make_proposal(name, OwnSDE(), make_weighting("likelihood")).sample(500)
         assert sample.t.min() >= OwnSDE().t_min and sample.t.max() <= 1
-    assert math.isfinite(NormalReference.of(OwnSDE()).offset)
+    assert math.isfinite(NormalControlVariate.of(OwnSDE()).offset)

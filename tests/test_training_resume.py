@@ -16,7 +16,7 @@ from lsgm.training import TrainingInterrupted, resume_command
 from lsgm.training.interrupt import StopNow, StopSignal
 
 TOY = Path(__file__).parent / "training_toy.py"
-CLOCKS = ("time", "train_seconds", "eval_seconds", "images_per_second")
+CLOCKS = ("time", "train_seconds", "eval_seconds", "images_per_second", "crc32")
 
 
 def same(a, b):
@@ -305,6 +305,9 @@ def test_the_command_to_resume(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert resume_command().startswith("torchrun --nproc-per-node 4 scripts/train_vae.py")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/lsgm", "train-vae"])
+    assert resume_command() == "/usr/bin/lsgm train-vae --resume"
 
 
 def test_a_run_without_a_checkpoint_starts_anew(tmp_path, whole):

@@ -5,11 +5,22 @@ All noise of the package is drawn through :func:`randn` and :func:`rand`. With a
 rows, so that N processes holding B/N images each see exactly the noise of one process holding B
 images. With :class:`RowGenerators` every image has a generator of its own, so that what is drawn
 for an image does not depend on the batch that it is in.
+
+>>> from vae.random import RowGenerators, ShardedGenerator, randn
+>>> whole = randn((4, 2), torch.Generator().manual_seed(0), device="cpu")
+>>> second = ShardedGenerator(torch.Generator().manual_seed(0), rank=1, world_size=2)
+>>> torch.equal(randn((2, 2), second, device="cpu"), whole[2:])
+True
+>>> batch, alone = (
+...     randn((len(rows), 2), RowGenerators.of(0, rows), device="cpu") for rows in ([3, 8], [8])
+... )
+>>> torch.equal(batch[1], alone[0])
+True
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -96,9 +107,12 @@ def rand(
 
 
 def _draw(
-    draw: object, shape: Sequence[int], rng: Rng, device: torch.device | str, dtype: torch.dtype
+    draw: Callable[..., Tensor],
+    shape: Sequence[int],
+    rng: Rng,
+    device: torch.device | str,
+    dtype: torch.dtype,
 ) -> Tensor:
-    assert callable(draw)
     if isinstance(rng, ShardedGenerator):
         size = tuple(shape)
         if not size:
@@ -110,8 +124,8 @@ def _draw(
     if isinstance(rng, RowGenerators):
         if shape[0] != len(rng.generators):
             raise ValueError(f"{len(rng.generators)} generators for {shape[0]} rows")
-        rows = [draw(tuple(shape[1:]), generator=g, dtype=dtype) for g in rng.generators]
-        return torch.stack(rows).to(device)
+        drawn = [draw(tuple(shape[1:]), generator=g, dtype=dtype) for g in rng.generators]
+        return torch.stack(drawn).to(device)
     if rng is None:
         return draw(tuple(shape), device=device, dtype=dtype)
     # The generator's device decides where the numbers are made, so that one seed means the same

@@ -13,15 +13,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from lsgm.benchmark.few_step_ablation import ablation_rows
 from lsgm.benchmark.few_step_cases import Case, mixture_case, run_case
 from lsgm.benchmark.few_step_report import write_report
-from lsgm.benchmark.few_step_runner import Bench, Measurement, PilotFits, run_theirs
-from lsgm.benchmark.overhead import Overhead, measure_overhead
+from lsgm.benchmark.few_step_runner import Bench, FewStepResult, Measurement, PilotFits, run_theirs
+from lsgm.benchmark.overhead import measure_overhead
 from lsgm.benchmark.reference_samplers import METHODS, reference_samplers
 from lsgm.config.command_line import parse_command_line
 from lsgm.solvers import GRIDS, SOLVERS, Solver, make_grid, make_solver
@@ -29,7 +28,7 @@ from lsgm.system.device import choose_device
 from lsgm.system.files import check_output
 from lsgm.system.progress import progress_bar
 
-__all__ = ["FewStepOptions", "FewStepResult", "Measurement", "few_step_command", "measure"]
+__all__ = ["FewStepOptions", "few_step_command", "measure"]
 
 DEFAULT = "normal_reference_pc"
 OURS, BASELINE, THEIRS, STOCHASTIC = "ours", "own", "diffusers", "stochastic"
@@ -75,27 +74,6 @@ class FewStepOptions:
             raise ValueError(f"t_end: must lie in (0, 1), not {self.t_end}")
         if self.tolerance <= 0:
             raise ValueError(f"tolerance: must be positive, not {self.tolerance}")
-
-
-@dataclass(frozen=True)
-class FewStepResult:
-    """All measurements of a case; ``reference_quality`` is that of the exact flow, ``settings``
-    what the pilots chose by number of calls.
-    """
-
-    case: str
-    options: dict[str, Any]
-    shape: tuple[int, ...]
-    reference_nfe: int
-    pilot_reference_nfe: int
-    reference_quality: dict[str, float]
-    rows: tuple[Measurement, ...]
-    ablation: tuple[Measurement, ...]
-    settings: dict[str, str]
-    overhead: tuple[Overhead, ...] = ()
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def _fixed_step_solvers(stochastic: bool) -> Iterator[tuple[str, Solver]]:
@@ -223,19 +201,18 @@ def measure(
     )
 
 
-def few_step_command(argv: Sequence[str]) -> None:
-    """``benchmark.py few-step [--run RUN] [--nfe N ...] [--samples S] [--out FOLDER] ...``."""
-    line = parse_command_line(
-        FewStepOptions, argv, extra=(), prog="benchmark.py few-step", description=__doc__
-    )
+def few_step_command(argv: Sequence[str], prog: str = "few-step") -> None:
+    """``benchmark few-step [--run RUN] [--nfe N ...] [--samples S] [--out FOLDER] ...``."""
+    line = parse_command_line(FewStepOptions, argv, extra=(), prog=prog, description=__doc__)
     options = line.config
     check_output(Path(options.out) / "report.json", "--out")
     if options.run is None:
         case = mixture_case(options.samples, options.pilots, options.t_end)
     else:
+        folder = Path(options.run)
         options = replace(options, tolerance=max(options.tolerance, 1e-6))
         case = run_case(
-            Path(options.run),
+            folder,
             options.samples,
             options.pilots,
             options.t_end,

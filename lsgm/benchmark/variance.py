@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from lsgm.score import MixedNormalScore
 from lsgm.sde import SDES, LinearSDE, largest_squared_distance, make_sde
 from lsgm.system.device import choose_device
 from lsgm.system.files import atomic_write, atomic_write_json, check_output
+from lsgm.system.markdown import markdown_table
 from lsgm.system.progress import progress_bar
 from lsgm.tensors import expand_like
 from lsgm.weighting import WEIGHTINGS
@@ -170,7 +171,7 @@ def run_study(options: VarianceOptions) -> list[NoiseRow]:
     latents = _encode(model, options, device)
     rows = _study(own, "trained", model.score, latents, options)
     for kind in others:
-        sde = replace(config.sde, kind=kind)
+        sde = replace(config.sde, kind=cast(Any, kind))  # the section checks it
         if kind == "vesde" and kind != own:
             sde = replace(sde, sigma2_max=_range(latents.z0))
         torch.manual_seed(options.seed)
@@ -244,8 +245,6 @@ def format_tables(rows: Sequence[NoiseRow]) -> str:
             ("variance / variance with uniform times and no variance reduction", False),
         ):
             lines += ["", f"### {title}: {what}", ""]
-            lines.append("| weighting | proposal | times | " + " | ".join(columns) + " |")
-            lines.append("|---" * (3 + len(columns)) + "|")
             cells: dict[tuple[str, str, str], dict[str, str]] = {}
             for row in group:
                 key = (
@@ -257,10 +256,8 @@ def format_tables(rows: Sequence[NoiseRow]) -> str:
                     (row.relative, row.relative_error) if relative else (row.ratio, row.ratio_error)
                 )
                 cells.setdefault(key, {})[_column(row)] = _cell(*shown)
-            lines += [
-                "| " + " | ".join([*key, *(values[name] for name in columns)]) + " |"
-                for key, values in cells.items()
-            ]
+            table = ([*key, *(values[name] for name in columns)] for key, values in cells.items())
+            lines.append(markdown_table(["weighting", "proposal", "times", *columns], table))
     return "\n".join(lines[1:])
 
 
@@ -341,15 +338,15 @@ def draw_figure(rows: Sequence[NoiseRow], path: Path) -> None:
     plt.close(figure)
 
 
-def variance_command(argv: Sequence[str]) -> None:
-    """``benchmark.py variance [--run RUN] [--images N] [--repeats N] [--sdes KIND ...]
+def variance_command(argv: Sequence[str], prog: str = "variance") -> None:
+    """``benchmark variance [--run RUN] [--images N] [--repeats N] [--sdes KIND ...]
     [--out FOLDER] ...``.
     """
     options = parse_command_line(
         VarianceOptions,
         argv,
         extra=(),
-        prog="benchmark.py variance",
+        prog=prog,
         description=VarianceOptions.__doc__,
     ).config
     folder = Path(options.out or (Path(options.run) / "variance" if options.run else "variance"))

@@ -26,6 +26,7 @@ else:
     SDEName = Literal[tuple(SDES)]
     WeightingName = Literal[tuple(WEIGHTINGS)]
     ProposalName = Literal[tuple(PROPOSALS)]
-    ProposalOrSame = Literal[("same", *PROPOSALS)]
+    _SAME_OR_PROPOSAL = ("same", *PROPOSALS)
+    ProposalOrSame = Literal[_SAME_OR_PROPOSAL]
     NetworkName = Literal[tuple(NETWORKS)]
     DatasetName = Literal[tuple(DATASETS)]

@@ -13,7 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -122,16 +122,20 @@ class ScoreModel(_GenericModel):
         self.shape = tuple(shape)
         self.normal = normal
 
+    @property
+    def network(self) -> nn.Module:
+        """The network of the score."""
+        return cast(NetworkScore, self.score).network
+
     def modules_given(self) -> dict[str, object]:
-        network = self.score.network
-        return {"network": network, **_sde_given(self.sde)}
+        return {"network": self.network, **_sde_given(self.sde)}
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"sde": _describe_sde(self.sde), "normal": self.normal}
 
     def with_trained(self, score: nn.Module) -> ScoreModel:
         """The same model with another score (the running average, say)."""
-        twin = ScoreModel(self.score.network, self.sde, self.shape, normal=self.normal)
+        twin = ScoreModel(self.network, self.sde, self.shape, normal=self.normal)
         twin.score = score
         return twin
 
@@ -266,7 +270,7 @@ class LatentScoreModel(ScoreModel):
         return super().modules_given() | {"autoencoder": self.autoencoder}
 
     def with_trained(self, score: nn.Module) -> LatentScoreModel:
-        twin = LatentScoreModel(self.autoencoder, self.score.network, self.sde, normal=self.normal)
+        twin = LatentScoreModel(self.autoencoder, self.network, self.sde, normal=self.normal)
         twin.score, twin.shift, twin.scale = score, self.shift, self.scale
         return twin
 

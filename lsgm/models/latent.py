@@ -24,11 +24,12 @@ from lsgm.models.release import (
     section,
 )
 from lsgm.networks import NCSNpp
-from lsgm.objectives import NormalReference, latent_cross_entropy
+from lsgm.objectives import NormalControlVariate, latent_cross_entropy
 from lsgm.score import MixedNormalScore
 from lsgm.sde import LinearSDE, make_sde
 from lsgm.solvers import Solution, Solver
 from lsgm.system.memory import build_within_memory
+from lsgm.tensors import sum_except_batch
 from lsgm.times import TimeProposal, make_proposal
 from lsgm.weighting import make_weighting
 from vae import HierarchicalVAE
@@ -154,7 +155,7 @@ class VAEModel(nn.Module):
         """Decoder means of one posterior draw for ``x`` ``(B, C, R, R)`` in [-1, 1]; images in [0,
         1] without padding.
         """
-        return self.to_images(self.vae(x, rng=rng).likelihood.picture(rng))
+        return self.to_images(self.vae(x, rng=rng).likelihood.mean_estimate(rng))
 
     def nelbo(self, x: Tensor, rng: Rng = None) -> NELBO:
         """One-sample NELBO of ``x`` ``(B, C, R, R)`` in [-1, 1] under the prior N(0, I)."""
@@ -175,10 +176,10 @@ class VAEModel(nn.Module):
 
     def decode(self, eps: Sequence[Tensor], rng: Rng = None) -> Tensor:
         """Images in [0, 1] from latents of all groups: the decoder's means, which only a decoder
-        with a context draws ``rng`` for (:meth:`vae.distributions.Distribution.picture`).
+        with a context draws ``rng`` for (:meth:`vae.distributions.Distribution.mean_estimate`).
         """
         likelihood = self.vae.decode(eps)
-        x = likelihood.sample(rng) if self._draws_pixels else likelihood.picture(rng)
+        x = likelihood.sample(rng) if self._draws_pixels else likelihood.mean_estimate(rng)
         return self.to_images(x).clamp(0, 1)
 
     @contextmanager
@@ -212,7 +213,7 @@ class LSGM(VAEModel):
         super().__init__(vae, spec, vae_config)
         self.score = score
         self.prior_config = prior_config
-        self.reference = NormalReference.of(score.sde)
+        self.control_variate = NormalControlVariate.of(score.sde)
 
     @property
     def sde(self) -> LinearSDE:
@@ -238,7 +239,7 @@ class LSGM(VAEModel):
         top = self.vae.concat_top(eps).float()
         times = proposal.sample(len(x), rng, stratified=True, device=x.device)
         prior = latent_cross_entropy(
-            self.sde, self.score, top, times, likelihood, rng, reference=self.reference
+            self.sde, self.score, top, times, likelihood, rng, control_variate=self.control_variate
         )
         rest = [standard_normal_log_prob(e) for e in eps[self.vae.num_groups_per_scale :]]
         return NELBO(
@@ -314,7 +315,7 @@ class LSGM(VAEModel):
 
 def _total(parts: Sequence[Tensor]) -> Tensor:
     """Sum over everything but the batch, in float64: ``(B,)``."""
-    return torch.stack([part.double().flatten(1).sum(1) for part in parts]).sum(0)
+    return torch.stack([sum_except_batch(part.double()) for part in parts]).sum(0)
 
 
 def prior_config_from(values: dict[str, Any]) -> PriorConfig:

@@ -122,7 +122,7 @@ def iterate_samples(
 ) -> Iterator[Batch]:
     """Draw ``num_images`` images, batch by batch; tensors are on the CPU.
 
-    Arguments:
+    Args:
         model: The model.
         num_images: Number N of images; they have the indices 0 to N - 1.
         options: The sampler.

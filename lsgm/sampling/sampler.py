@@ -11,6 +11,7 @@ from torch import Tensor
 from lsgm.config.checks import require_at_most
 from lsgm.errors import UserError
 from lsgm.models.base import DiffusionModel
+from lsgm.sde import VESDE, LinearSDE
 from lsgm.solvers import (
     SOLVERS,
     AnnealedLangevin,
@@ -28,6 +29,7 @@ __all__ = [
     "SOLVER_OPTIONS",
     "SolverOptions",
     "choose_solver",
+    "few_step_grid",
     "given_solver_options",
     "resolve",
     "solver_arguments",
@@ -46,7 +48,8 @@ class SolverOptions:
 
     solver: str | None = None
     """Solver by name: normal_reference_pc, dopri5 (adaptive), heun, ... (lsgm.solvers.SOLVERS).
-    None: what a model of images recommends; normal_reference_pc for an LSGM. Any solver takes what
+    None: what a model of images recommends, but normal_reference_pc where nfe is at most a tenth of
+    its evaluations or grid is pilot; normal_reference_pc for an LSGM. Any solver takes what
     a model of images recommends for it (t_end, denoise, snr, ...) unless given here."""
     nfe: int | None = None
     """Network evaluations per batch, 10 unless the model recommends otherwise; adaptive solvers
@@ -136,13 +139,6 @@ DEFAULT_SOLVER = "normal_reference_pc"
 DEFAULT_NFE = 10
 
 
-PUBLISHED_SOLVER = "discrete_pc"
-
-
-FEW_STEP_GRID = "phi"
-"""For models of images, of which that of a variance-exploding SDE has most of its time far out."""
-
-
 DEFAULT_T_END = 1e-3
 
 
@@ -156,6 +152,19 @@ LADDER_GRID = "ladder"
 
 
 MODEL_ALPHA = "model"
+
+
+PUBLISHED_SOLVERS = ("discrete_pc", "ddpm")
+
+
+FEW_STEP_SHARE = 10
+"""Our few-step solver is meant with fewer evaluations than a published sampler takes, which is made
+for its own number, and with this share of what another stochastic sampler recommends."""
+
+
+FINE_NFE = 20
+"""Up to so many evaluations a variance-exploding model's time is best spent where the noise is as
+large as the data (docs/few_step/images.md); from then on evenly in ln(sigma)."""
 
 
 SOLVER_OPTIONS: dict[str, tuple[str, ...]] = {
@@ -231,8 +240,8 @@ def resolve(model: object, options: SolverOptions) -> tuple[SolverOptions, dict[
     Without a named solver it is the one that the model recommends (its ``defaults``). Any solver
     takes the model's last time and, of its recommended arguments, those that it has; the
     recommended solver, named or not, also its evaluations and grid. Models that recommend nothing
-    take :data:`DEFAULT_SOLVER` down to :data:`DEFAULT_T_END`, and so do, down to their own last
-    time, models of a published sampler asked for fewer evaluations than it takes.
+    take :data:`DEFAULT_SOLVER` down to :data:`DEFAULT_T_END`, and so do models of images that
+    recommend noise and many evaluations where few are asked for (:func:`_means_few_steps`).
 
     Raises:
         UserError: The solver is unknown.
@@ -241,11 +250,9 @@ def resolve(model: object, options: SolverOptions) -> tuple[SolverOptions, dict[
     if defaults is None:
         t_end = DEFAULT_T_END if options.t_end is None else options.t_end
         return replace(options, solver=options.solver or DEFAULT_SOLVER, t_end=t_end), {}
+    if _means_few_steps(defaults, options):
+        return _few_steps(model, options)
     solver = options.solver or defaults.solver
-    fewer = options.nfe is not None and options.nfe < defaults.nfe
-    if options.solver is None and solver == PUBLISHED_SOLVER and fewer:
-        solver = DEFAULT_SOLVER
-        options = replace(options, grid=options.grid or FEW_STEP_GRID)
     _parameters(solver)
     t_end = defaults.t_end if options.t_end is None else options.t_end
     filled = replace(options, solver=solver, t_end=t_end)
@@ -254,6 +261,47 @@ def resolve(model: object, options: SolverOptions) -> tuple[SolverOptions, dict[
             filled, nfe=options.nfe or defaults.nfe, grid=options.grid or defaults.grid
         )
     return filled, defaults.options_of(solver)
+
+
+def _means_few_steps(defaults: Any, options: SolverOptions) -> bool:
+    """Whether the evaluations or the grid asked for are none for the recommended sampler, which
+    draws noise, and nothing else says that it is meant.
+    """
+    own_of_none = {"nfe", "grid", "t_end", "denoise", "state_dtype"}
+    if not own_of_none.issuperset(given_solver_options(options)):
+        return False
+    try:
+        own = make_solver(defaults.solver, **defaults.options_of(defaults.solver))
+    except ValueError:
+        return False  # which is said where it is used
+    if not own.stochastic:
+        return False
+    share = 1 if defaults.solver in PUBLISHED_SOLVERS else FEW_STEP_SHARE
+    few = options.nfe is not None and options.nfe < defaults.nfe / share
+    return options.grid != LADDER_GRID and (few or options.grid == PILOT_GRID)
+
+
+def few_step_grid(sde: LinearSDE, nfe: int) -> str | None:
+    """Grid of :data:`DEFAULT_SOLVER` on the diffusion of images; None: its own."""
+    if not isinstance(sde, VESDE):
+        return None
+    return "phi" if nfe <= FINE_NFE else "log_snr"
+
+
+def _few_steps(model: Any, options: SolverOptions) -> tuple[SolverOptions, dict[str, Any]]:
+    """:data:`DEFAULT_SOLVER` on the model's time."""
+    defaults, nfe = model.defaults, options.nfe or DEFAULT_NFE
+    last = torch.tensor([defaults.t_end], dtype=torch.float64)
+    t_end = defaults.t_end if model.sde.var(last).item() > 0 else DEFAULT_T_END
+    grid = options.grid or few_step_grid(model.sde, nfe)
+    filled = replace(
+        options,
+        solver=DEFAULT_SOLVER,
+        nfe=nfe,
+        grid=grid,
+        t_end=t_end if options.t_end is None else options.t_end,
+    )
+    return filled, defaults.options_of(DEFAULT_SOLVER)
 
 
 def choose_solver(model: DiffusionModel, options: SolverOptions) -> tuple[Solver, Tensor]:

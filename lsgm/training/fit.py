@@ -155,7 +155,7 @@ def fit(
 def _configured(model: Any, name: str, given: dict[str, Any]) -> FitConfig:
     """The settings with the defaults of the kind of model."""
     config = _defaults(model)
-    sections = {
+    sections: dict[str, Any] = {
         "train": config.train,
         "optim": config.optim,
         **({"elbo": config.elbo} if isinstance(model, VAEModel) else {}),
@@ -179,7 +179,9 @@ def _configured(model: Any, name: str, given: dict[str, Any]) -> FitConfig:
         optim.setdefault("lr_min", min(config.optim.lr_min, optim["lr"]))
     elif "lr" in optim:
         optim.setdefault("lr_min", optim["lr"])
-    built = {key: dataclasses.replace(sections[key], **values) for key, values in changes.items()}
+    built: dict[str, Any] = {
+        key: dataclasses.replace(sections[key], **values) for key, values in changes.items()
+    }
     return dataclasses.replace(config, name=name, **built, **whole)
 
 

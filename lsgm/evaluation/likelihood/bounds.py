@@ -24,7 +24,9 @@ from lsgm.data import Batches, DataSpec, ImageDataset, fixed_binarisation, prepr
 from lsgm.divergence import make_divergence
 from lsgm.evaluation.likelihood.tails import warn_of_tail
 from lsgm.likelihood import ode_log_density, tolerance_convergence
+from lsgm.models.images import DataSGM
 from lsgm.models.latent import LSGM, NELBO, VAEModel
+from lsgm.tensors import sum_except_batch
 from vae.objective import bits_per_dim, importance_weighted_bound, standard_normal_log_prob
 from vae.random import Rng, RowGenerators
 
@@ -158,7 +160,7 @@ class Values:
     :func:`lsgm.evaluation.likelihood.tails.tail_share`."""
 
     def report(
-        self, model: VAEModel, bound: str, estimator: str, start: float, **settings: Any
+        self, model: VAEModel | DataSGM, bound: str, estimator: str, start: float, **settings: Any
     ) -> LikelihoodReport:
         per_image = torch.cat(self.total)
         nats = Estimate.of(per_image)
@@ -206,8 +208,9 @@ def posterior_draw(model: LSGM, taps: Sequence[Tensor], x: Tensor, rng: Rng) -> 
     reconstruction = model.vae.reconstruction(output, x).double()
     log_p_rest = torch.zeros_like(reconstruction)
     for e in eps[model.vae.num_groups_per_scale :]:
-        log_p_rest = log_p_rest + standard_normal_log_prob(e).double().flatten(1).sum(1)
-    log_q = sum(part.double().flatten(1).sum(1) for part in output.posterior.log_q)
+        log_p_rest = log_p_rest + sum_except_batch(standard_normal_log_prob(e).double())
+    zero = torch.zeros_like(reconstruction)
+    log_q = sum((sum_except_batch(part.double()) for part in output.posterior.log_q), zero)
     return PosteriorDraw(model.vae.concat_top(eps).float(), reconstruction, log_q, log_p_rest)
 
 

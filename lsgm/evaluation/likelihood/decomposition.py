@@ -15,6 +15,7 @@ from lsgm.evaluation.likelihood.bounds import Estimate, with_generators
 from lsgm.evaluation.likelihood.importance import convergence, iw_of_groups
 from lsgm.models.latent import LSGM, VAEModel
 from lsgm.objectives import latent_cross_entropy
+from lsgm.tensors import sum_except_batch
 from lsgm.weighting import make_weighting
 from vae.objective import bounds, elbo
 from vae.random import Rng
@@ -110,10 +111,10 @@ def _joint_kl(model: LSGM, posterior: Any, rng: Rng) -> Tensor:
     proposal = model.evaluation_times()
     times = proposal.sample(len(top), rng, stratified=True, device=top.device)
     bound = latent_cross_entropy(
-        model.sde, model.score, top, times, likelihood, rng, reference=model.reference
+        model.sde, model.score, top, times, likelihood, rng, control_variate=model.control_variate
     ).bound
     log_q = sum(
-        part.double().flatten(1).sum(1)
+        sum_except_batch(part.double())
         for part in posterior.log_q[: model.vae.num_groups_per_scale]
     )
     return bound + log_q

@@ -30,7 +30,7 @@ from lsgm.evaluation.quality.distances import Neighbours, nearest_neighbours
 from lsgm.evaluation.quality.feature_classifier import data_hash, unpadded
 from lsgm.evaluation.quality.scores import SampleQualityReport, sample_quality
 from lsgm.evaluation.report.options import EvaluateOptions
-from lsgm.evaluation.report.published import PublishedLadder, published_for
+from lsgm.evaluation.report.published import PublishedTable, published_for
 from lsgm.models.latent import VAEModel
 from lsgm.models.release import WEIGHTS
 
@@ -87,7 +87,7 @@ class Details:
     curves: tuple[BoundCurve, ...]
     quality: SampleQualityReport | None
     neighbours: NeighbourSummary
-    published: PublishedLadder | None
+    published: PublishedTable | None
     num_test: int
     repeat: dict[str, Any]
     model: str
@@ -106,7 +106,8 @@ def examine(
     Raises:
         UserError: The extractor or the sampler of ``options`` is not available.
     """
-    decomposition, curves = None, ()
+    decomposition: Decomposition | None = None
+    curves: tuple[BoundCurve, ...] = ()
     if isinstance(model, VAEModel):
         dataset = datasets.test if options.split == "test" else datasets.train
 
