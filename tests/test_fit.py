@@ -14,10 +14,20 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 import lsgm
+from lsgm.config.architecture import (
+    PriorConfig,
+    PriorNetworkConfig,
+    SamplerConfig,
+    ScoreModelConfig,
+    VAEConfig,
+)
+from lsgm.data import ArrayDataset, DataSpec
 from lsgm.data.items import Items
 from lsgm.errors import UserError
 from lsgm.models.autoencoder import Autoencoder, Posterior
 from lsgm.models.generic import AutoencoderModel, LatentScoreModel, ScoreModel
+from lsgm.models.images import build_data_model
+from lsgm.models.latent import LSGM, VAEModel, build_prior, build_vae
 from lsgm.sde import VPSDE, LinearSDE
 from lsgm.system.torchvision import import_torchvision
 from lsgm.training import TrainingInterrupted
@@ -298,3 +308,63 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there are no items"):
         lsgm.fit(model, torch.zeros(0, 2), out=tmp_path / "run", **QUICK)
     assert not (tmp_path / "run").exists()
+
+
+class LatentConv(nn.Module):
+    """A noise prediction of latents with two channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 3, padding=1)
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        times = t.reshape(-1, 1, 1, 1).expand(len(z), 1, *z.shape[2:])
+        return self.conv(torch.cat([z, times], dim=1))
+
+
+def test_the_models_of_configurations_train_with_an_own_network(tmp_path: Path) -> None:
+    """A VAE by fit, then the LSGM over it, end to end, with a network of one's own."""
+    torch.manual_seed(0)
+    spec = DataSpec("own", channels=1, image_size=8, padding=0, binary=True)
+    config = VAEConfig(
+        num_channels_enc=4, num_channels_dec=4, num_preprocess_cells=1, num_postprocess_cells=1,
+        num_groups_per_scale=1, num_latent_per_group=2,
+    )  # fmt: skip
+    images = (torch.rand(64, 1, 8, 8) > 0.5).float()
+    settings = {"epochs": 1, "batch_size": 16, "device": "cpu"}
+    vae = VAEModel(build_vae(config, spec), spec, config)
+    lsgm.fit(vae, images, test=images, out=tmp_path / "vae", **settings)
+    again = lsgm.load(tmp_path / "vae")
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), vae.parameters(), strict=True))
+
+    prior = PriorConfig(training="joint")
+    score = build_prior(prior, vae.vae, LatentConv())
+    model = LSGM(vae.vae, score, spec, config, prior)
+    first = [score.network.conv.weight, next(vae.vae.parameters())]
+    before = [weight.detach().clone() for weight in first]
+    lsgm.fit(model, images, out=tmp_path / "lsgm", seed=1, **settings)
+    assert not any(torch.equal(a, b) for a, b in zip(first, before, strict=True))
+    opened = lsgm.load(tmp_path / "lsgm", network=LatentConv())
+    x = 2 * images[:4] - 1
+    bounds = [m.nelbo(x, torch.Generator().manual_seed(0)).total for m in (model, opened)]
+    assert torch.equal(*bounds)
+    with pytest.raises(UserError, match=r"its network \(test_fit.LatentConv\) is not"):
+        lsgm.load(tmp_path / "lsgm")
+
+
+def test_a_model_of_images_trains_on_labelled_arrays(tmp_path: Path) -> None:
+    spec = DataSpec("own", channels=1, image_size=8, padding=0, binary=False, num_classes=3)
+    network = PriorNetworkConfig(
+        num_channels=4, num_scales=2, num_cells_per_scale=1, embedding_dim=8,
+        attention_resolutions=(), middle_attention=False,
+    )  # fmt: skip
+    config = ScoreModelConfig(ncsnpp=network, class_conditional=True)
+    model = build_data_model("score_sde", config, SamplerConfig(), spec)
+    images = torch.randint(256, (32, 1, 8, 8), dtype=torch.uint8)
+    data = ArrayDataset(images, torch.arange(32) % 3)
+    lsgm.fit(model, data, out=tmp_path / "run", epochs=2, batch_size=16, device="cpu")
+    opened = lsgm.load(tmp_path / "run")
+    assert opened.num_classes == 3
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor(0.5)
+    told = torch.tensor([0, 3])  # 3: no class
+    assert torch.equal(opened.score(x, t, told), model.score(x, t, told))
