@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ def evaluate_score_model(
     model: DataSGM, objective: ScoreObjectiveConfig, datasets: Datasets, context: EvalContext
 ) -> Numbers:
     """The objective on test images, a value of the image; writes a grid of samples."""
-    stage = ScoreStage(model, objective)
+    stage = ScoreStage(model, **asdict(objective))
     classes = model.num_classes
     train, world = context.config, context.world
     batches = _test_batches(datasets, context, labels=classes is not None)

@@ -274,7 +274,7 @@ def _(model: DataSGM, config: FitConfig, run: OpenRun[_Data]) -> Training:
     def release(state: TrainState, notes: dict[str, Any]) -> None:
         save(averaged(state.evaluation_models()), run.folder.path, None, notes)
 
-    stage = ScoreStage(model, config.objective)
+    stage = ScoreStage(model, **dataclasses.asdict(config.objective))
     labels = model.num_classes is not None
     return Training(
         stage, model, {"score": config.optim}, release, _if_tested(run, evaluate), labels=labels

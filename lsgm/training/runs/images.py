@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -66,7 +66,7 @@ def _train_score(config: NCSNTrainConfig, run: OpenRun[Datasets]) -> None:
     score = fit_noise(config.kind, config.score, datasets)
     model = build_data_model(config.kind, score, config.sampler, datasets.spec)
     model.default_solver()  # a mistake in the section shows before the training
-    stage = ScoreStage(model, config.objective)
+    stage = ScoreStage(model, **asdict(config.objective))
     if world.is_main:
         print(_summary(model, config), flush=True)
 
