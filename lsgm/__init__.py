@@ -1,6 +1,7 @@
 """Latent score-based generative models (arXiv 2106.05931), and score-based models of images.
 
-``lsgm.load(RUN)`` opens a finished run folder anywhere. The names below are the public ones;
+``lsgm.load(RUN)`` opens a finished run folder anywhere; ``lsgm.fit(MODEL, DATA, out=RUN)`` trains
+one in Python. The names below are the public ones;
 each is imported when it is first used, so that ``import lsgm`` and ``import lsgm.sde`` stay light.
 
 Example:
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
     from lsgm.data import build_datasets as build_datasets
     from lsgm.errors import UserError as UserError
     from lsgm.likelihood import ode_log_density as ode_log_density
+    from lsgm.models.autoencoder import Autoencoder as Autoencoder
+    from lsgm.models.autoencoder import Posterior as Posterior
+    from lsgm.models.generic import LatentScoreModel as LatentScoreModel
+    from lsgm.models.generic import ScoreModel as ScoreModel
     from lsgm.models.images import DataSGM as DataSGM
     from lsgm.models.latent import LSGM as LSGM
     from lsgm.models.latent import VAEModel as VAEModel
@@ -69,6 +74,7 @@ if TYPE_CHECKING:
     from lsgm.solvers import make_grid as make_grid
     from lsgm.solvers import make_solver as make_solver
     from lsgm.times import make_proposal as make_proposal
+    from lsgm.training.fit import fit as fit
     from lsgm.weighting import make_weighting as make_weighting
     from vae import HierarchicalVAE as HierarchicalVAE
 
@@ -112,9 +118,14 @@ _HOMES = {
     "ode_log_density": "lsgm.likelihood",
     # Models, data and configurations
     "HierarchicalVAE": "vae",
+    "Autoencoder": "lsgm.models.autoencoder",
+    "Posterior": "lsgm.models.autoencoder",
+    "ScoreModel": "lsgm.models.generic",
+    "LatentScoreModel": "lsgm.models.generic",
     "DataSGM": "lsgm.models.images",
     "LSGM": "lsgm.models.latent",
     "VAEModel": "lsgm.models.latent",
+    "fit": "lsgm.training.fit",
     "load": "lsgm.models.loading",
     "ArrayDataset": "lsgm.data",
     "FolderDataset": "lsgm.data",

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from lsgm.config.architecture import PriorNetworkConfig, SamplerConfig, ScoreModelConfig, SDEConfig
-from lsgm.config.training import ScoreObjectiveConfig
 from lsgm.data.spec import DataSpec
 from lsgm.discrete_noise import BetaTable
 from lsgm.errors import UserError
@@ -87,7 +86,7 @@ def test_the_network_is_told_the_level(config, first):
 @pytest.mark.parametrize("config", [DDPM, SMLD], ids=["ddpm", "smld"])
 def test_training_sees_the_levels_only(config):
     model = build(config)
-    stage = ScoreStage(model, ScoreObjectiveConfig())
+    stage = ScoreStage(model)
     assert isinstance(stage.proposal, LadderTimes)
     seen = []
     model.score.network.register_forward_pre_hook(lambda _, given: seen.append(given[1]))
@@ -120,7 +119,7 @@ def test_ddpm_blocks_add_up_plainly_and_resample_between_them():
 def test_it_learns():
     """Twenty steps on one image halve the error of the noise at high noise levels."""
     model = build(DDPM)
-    stage = ScoreStage(model, ScoreObjectiveConfig(reduction="mean"))
+    stage = ScoreStage(model, reduction="mean")
     optimizer = torch.optim.Adam(model.score.parameters(), 3e-3)
     x, rng = torch.zeros(64, 3, 8, 8), torch.Generator().manual_seed(0)
     losses = []

@@ -36,7 +36,7 @@ from lsgm.objectives import NormalControlVariate, prior_losses
 from lsgm.score import MixedNormalScore
 from lsgm.sde import VPSDE
 from lsgm.times import make_proposal
-from lsgm.training.loop import EvalContext
+from lsgm.training.context import EvalContext
 from lsgm.training.runs.latent import _inactive_channels, train_lsgm
 from lsgm.training.stages.latent import LSGMStage
 from lsgm.weighting import make_weighting
@@ -307,7 +307,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, float]]:
     values: dict[int, float] = {}
     digits = build_datasets(DataConfig())
     few = replace(digits, train=ArrayDataset(digits.train.batch(torch.arange(16))))
-    monkeypatch.setattr("lsgm.training.runs.launch.build_datasets", lambda _: few)
+    monkeypatch.setattr("lsgm.training.runs.latent.build_datasets", lambda _: few)
 
     def evaluate(*arguments: object) -> dict[str, float]:
         (context,) = (a for a in arguments if isinstance(a, EvalContext))

@@ -1,7 +1,7 @@
 """Stages of score models and classifiers: their losses against closed forms, and labels."""
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def test_ncsn_loss_is_the_mean_over_the_levels(estimator):
     """1907.05600, eq. 6 with lambda = sigma^2, for every estimator."""
     model = build("ncsn", ladder=LadderConfig(2.0, 0.05, 6), data_range="unit")
     model = model.with_score(Exact(model.sde))
-    stage = ScoreStage(model, ScoreObjectiveConfig(estimator=estimator))
+    stage = ScoreStage(model, estimator=estimator)
     losses = [stage.loss(gaussian_data(1200, 100 + i), None, rng(i)) for i in range(6)]
     for result in losses:  # every level as often as every other
         levels = model.ladder.index(result.times.t).bincount(minlength=6)
@@ -94,7 +94,7 @@ def test_score_sde_loss_is_the_integral_over_time(kind, weighting, proposal):
     model = build(sde=sde)
     model = model.with_score(Exact(model.sde))
     objective = ScoreObjectiveConfig(weighting=weighting, proposal=proposal)
-    stage = ScoreStage(model, objective)
+    stage = ScoreStage(model, **asdict(objective))
     values = torch.tensor(
         [stage.loss(gaussian_data(2000, 100 + i), None, rng(i)).loss.item() / 16 for i in range(8)]
     )
@@ -138,7 +138,7 @@ def test_the_loss_has_the_published_scale_that_clipping_sees():
     norms, logged = {}, []
     for reduction in ("mean", "sum", "half_sum"):
         objective = ScoreObjectiveConfig(reduction=reduction, stratified_times=False)
-        output = ScoreStage(model, objective)(images, StepContext(0, 1, rng(1)))
+        output = ScoreStage(model, **asdict(objective))(images, StepContext(0, 1, rng(1)))
         norms[reduction] = gradient_norm(output.loss, model)
         logged.append(output.metrics["loss"].item())
         if reduction != "sum":
@@ -159,7 +159,7 @@ def test_half_the_sum_is_ncsns_loss(estimator):
     model = model.with_score(Exact(model.sde))
     objective = ScoreObjectiveConfig(estimator=estimator, reduction="half_sum")
     images = torch.rand(600, 1, 4, 4, generator=rng())
-    stage = ScoreStage(model, objective)
+    stage = ScoreStage(model, **asdict(objective))
     output = stage(images, StepContext(0, 1, rng(1)))
     x = model.pixels.to_network(images, rng(), noise=True)
     # the same draws: noise, times, projections
@@ -187,7 +187,7 @@ def test_half_the_sum_is_ncsns_loss(estimator):
 def test_classes_are_hidden_as_often_as_asked():
     model = build(class_conditional=True)
     exact = Exact(model.sde)
-    stage = ScoreStage(model.with_score(exact), ScoreObjectiveConfig(label_dropout=0.3))
+    stage = ScoreStage(model.with_score(exact), label_dropout=0.3)
     labels = torch.arange(4000) % 3
     batch = LabelledImages(torch.rand(4000, 1, 4, 4, generator=rng()), labels)
     output = stage(batch, StepContext(0, 1, rng()))
@@ -198,7 +198,7 @@ def test_classes_are_hidden_as_often_as_asked():
     assert output.loss.item() > 0 and set(output.metrics) == {"error", "loss"}
     # a model without classes is given none
     plain = Exact(model.sde)
-    ScoreStage(build().with_score(plain), ScoreObjectiveConfig())(batch, StepContext(0, 1, rng()))
+    ScoreStage(build().with_score(plain))(batch, StepContext(0, 1, rng()))
     assert plain.labels[-1] is None
 
 
@@ -252,7 +252,7 @@ def test_noise_cannot_be_taken_from_images_that_are_all_alike(count):
 def test_a_weighting_that_does_not_fit_is_named():
     model = build(sde=SDEConfig(kind="vesde", sigma2_max=100.0, time_eps=1e-5))
     with pytest.raises(UserError, match="objective: the rescaled weighting"):
-        ScoreStage(model, ScoreObjectiveConfig(weighting="rescaled", proposal="importance"))
+        ScoreStage(model, weighting="rescaled", proposal="importance")
 
 
 # Classifiers

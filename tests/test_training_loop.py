@@ -42,7 +42,16 @@ def make_step(stage, optims=OPTIMS, **changes):
         total_steps=100,
         steps_per_epoch=5,
     )
-    return Step(state, stage, config, World(torch.device("cpu")))
+    return Step(
+        state,
+        stage,
+        World(torch.device("cpu")),
+        seed=config.seed,
+        accumulate=config.accumulate,
+        precision=config.precision,
+        shared_noise=config.shared_noise,
+        channels_last=config.channels_last,
+    )
 
 
 def images(step=0):

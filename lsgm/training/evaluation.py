@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -32,8 +33,8 @@ from lsgm.models.latent import VAEModel
 from lsgm.sampling.draw import row_sampler
 from lsgm.sampling.sampler import SolverOptions
 from lsgm.system.pictures import image_grid, reconstruction_grid, save_grid
+from lsgm.training.context import EvalContext
 from lsgm.training.distributed import gather_rows, on_main
-from lsgm.training.loop import EvalContext
 from lsgm.training.precision import autocast
 from lsgm.training.stages.classifier import ClassifierStage
 from lsgm.training.stages.score import ScoreStage
@@ -114,7 +115,7 @@ def evaluate_score_model(
     model: DataSGM, objective: ScoreObjectiveConfig, datasets: Datasets, context: EvalContext
 ) -> Numbers:
     """The objective on test images, a value of the image; writes a grid of samples."""
-    stage = ScoreStage(model, objective)
+    stage = ScoreStage(model, **asdict(objective))
     classes = model.num_classes
     train, world = context.config, context.world
     batches = _test_batches(datasets, context, labels=classes is not None)

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lsgm.config.training import TrainConfig
 from lsgm.data.spec import LabelledImages, map_batch
 from lsgm.training.distributed import World, all_max
 from lsgm.training.interrupt import StopSignal
@@ -60,20 +59,36 @@ class Step:
     Args:
         state: What is trained.
         forward: The stage, or the wrapper around it that averages gradients over the processes.
-        config: Parts of a batch, precision, seed, memory layout.
         world: The processes.
+        seed: Of all noise.
+        accumulate: Parts of a batch, each with a backward pass.
+        precision: Of the networks: float32, bf16 or fp16.
+        shared_noise: Same noise however many processes share the batch.
+        channels_last: Memory layout of images.
     """
 
     def __init__(
-        self, state: TrainState, forward: nn.Module, config: TrainConfig, world: World
+        self,
+        state: TrainState,
+        forward: nn.Module,
+        world: World,
+        *,
+        seed: int = 0,
+        accumulate: int = 1,
+        precision: str = "float32",
+        shared_noise: bool = True,
+        channels_last: bool = False,
     ) -> None:
         self.state = state
         self.forward = forward
-        self.config = config
         self.world = world
+        self.seed = seed
+        self.accumulate = accumulate
+        self.precision = precision
+        self.shared_noise = shared_noise
         self.buffers = _BufferCopy(state.stage)
         self.generator = torch.Generator(world.device)
-        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
 
     def __call__(
         self, images: Tensor | LabelledImages, stop: StopSignal | None = None
@@ -85,7 +100,7 @@ class Step:
         self.buffers.keep()
         rates = state.set_learning_rates()
         images = map_batch(self._to_device, images)
-        outputs = [self._backward(images, part) for part in range(self.config.accumulate)]
+        outputs = [self._backward(images, part) for part in range(self.accumulate)]
         applied, stop_anywhere, norms = self._check(outputs, stop)
         fault = ""
         if applied:
@@ -112,7 +127,7 @@ class Step:
         return x.to(self.world.device, non_blocking=True)
 
     def _backward(self, images: Tensor | LabelledImages, part: int) -> StepOutput:
-        parts, state = self.config.accumulate, self.state
+        parts, state = self.accumulate, self.state
 
         def take(x: Tensor) -> Tensor:
             # Every parts-th image, so that a part is the same whatever the number of processes.
@@ -124,7 +139,7 @@ class Step:
         with contextlib.ExitStack() as stack:
             if sharing and part < parts - 1:
                 stack.enter_context(self.forward.no_sync())  # type: ignore[operator]
-            with autocast(self.world.device, self.config.precision):
+            with autocast(self.world.device, self.precision):
                 scale = state.scaler.scale(torch.ones((), device=self.world.device))
                 context = StepContext(state.position, state.end, self._rng(part), scale)
                 output: StepOutput = self.forward(images, context)
@@ -181,15 +196,15 @@ class Step:
 
     def _rng(self, part: int) -> Rng:
         counters, world = self.state.counters, self.world
-        numbers = (self.config.seed, counters.returns, counters.step, part)
-        if not self.config.shared_noise:
+        numbers = (self.seed, counters.returns, counters.step, part)
+        if not self.shared_noise:
             return self.generator.manual_seed(step_seed(*numbers, 1 + world.rank))
         self.generator.manual_seed(step_seed(*numbers))
         return ShardedGenerator(self.generator, world.rank, world.size)
 
     def _seed_global(self, step: int) -> None:
         returns, rank = self.state.counters.returns, self.world.rank
-        seed = step_seed(self.config.seed, returns, step, 0, 0, 1 + rank)
+        seed = step_seed(self.seed, returns, step, 0, 0, 1 + rank)
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002 - other people's code may draw from it
         random.seed(seed)

@@ -18,7 +18,6 @@ from torch import Tensor
 import lsgm
 import lsgm.sde
 from lsgm.config.command_line import save_config
-from lsgm.config.training import ScoreObjectiveConfig
 from lsgm.divergence import HutchinsonDivergence
 from lsgm.importers.score_sde import import_score_sde
 from lsgm.likelihood import ode_log_density
@@ -142,7 +141,7 @@ def test_continuous_losses(fixture: Fixture, weights: str) -> None:
     error = sum_except_batch(elements)
     for name, factor in (("plain", 1.0), ("likelihood", weight)):
         for reduction, key in (("mean", "mean"), ("half_sum", "halfsum")):
-            stage = ScoreStage(model, ScoreObjectiveConfig(reduction=reduction))
+            stage = ScoreStage(model, reduction=reduction)
             ours = stage.scale * (factor * error).mean()
             close(ours, fixture[f"loss_{name}_{key}_{weights}"], 1e-5, f"{name} {key}")
 
@@ -155,7 +154,7 @@ def test_discrete_losses(fixture: Fixture, weights: str) -> None:
     levels, labels = model.levels, fixture["loss_labels"].long()
     t = (levels.times if fixture.ve else levels.times.flip(0))[labels].float()
     for reduction, key in (("mean", "mean"), ("half_sum", "halfsum")):
-        stage = ScoreStage(model, ScoreObjectiveConfig(reduction=reduction))
+        stage = ScoreStage(model, reduction=reduction)
         _, elements = denoising_score_matching(
             stage.kernel, model.score, fixture["x_scaled"], t, fixture["loss_noise"]
         )

@@ -24,6 +24,7 @@ from lsgm.tensors import sum_except_batch
 from lsgm.times import TimeProposal, make_proposal
 from lsgm.training.state import Stage, StepContext, StepOutput
 from lsgm.weighting import Weighting, make_weighting
+from vae import HierarchicalVAE
 from vae.objective import bits_per_dim, kl_balance_weights, kl_coefficient, kl_per_group
 from vae.regularization import SpectralNormRegularizer, norm_regularizer
 
@@ -34,24 +35,25 @@ __all__ = [
 ]
 
 
-class VAEStage(Stage):
-    """First stage: the hierarchical VAE under N(0, I) (negative ELBO with annealed and balanced KL;
-    2007.03898, Sec. 3.2).
+class _BoundStage(Stage):
+    """What both stages share: the annealed coefficient of the KL, and regularisers with a state.
+
+    Args:
+        model: The model; ``objective``: the bound's terms and regularisers.
+        regularizers: Spectral regularisers by name.
     """
 
-    def __init__(self, model: VAEModel, objective: ObjectiveConfig) -> None:
+    def __init__(
+        self,
+        model: VAEModel,
+        objective: ObjectiveConfig,
+        regularizers: dict[str, SpectralNormRegularizer],
+    ) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
-        self.headline = _headline(model)
-        self.regularizers = (
-            {"spectral": SpectralNormRegularizer(model.vae)}
-            if objective.spectral_regularization
-            else {}
-        )
-
-    def trainables(self) -> dict[str, nn.Module]:
-        return {"vae": self.model.vae}
+        self.regularizers = regularizers
+        self.headline = ("nelbo",) if model.spec.binary else ("nelbo", "bits_per_dim")
 
     def extra_state(self) -> dict[str, Any]:
         return {name: spectral.state_dict() for name, spectral in self.regularizers.items()}
@@ -61,7 +63,29 @@ class VAEStage(Stage):
             self.regularizers[name].load_state_dict(state[name])
 
     def kl_coefficient(self, context: StepContext) -> float:
-        return _kl_coefficient(self.objective, context)
+        o = self.objective
+        return kl_coefficient(
+            context.step,
+            context.total_steps,
+            anneal_portion=o.kl_anneal_portion,
+            const_portion=o.kl_const_portion,
+            minimum=o.kl_const_coeff,
+            maximum=o.kl_max_coeff,
+        )
+
+
+class VAEStage(_BoundStage):
+    """First stage: the hierarchical VAE under N(0, I) (negative ELBO with annealed and balanced KL;
+    2007.03898, Sec. 3.2).
+    """
+
+    def __init__(self, model: VAEModel, objective: ObjectiveConfig) -> None:
+        regularized = objective.spectral_regularization > 0
+        spectral = {"spectral": SpectralNormRegularizer(model.vae)} if regularized else {}
+        super().__init__(model, objective, spectral)
+
+    def trainables(self) -> dict[str, nn.Module]:
+        return {"vae": self.model.vae}
 
     def forward(self, images: Tensor, context: StepContext) -> StepOutput:
         """``images`` ``(B, C, R, R)`` in [0, 1]; the loss is nats an image and regularisers."""
@@ -109,21 +133,6 @@ def score_convolutions(score: nn.Module) -> dict[str, nn.Conv2d]:
     }
 
 
-def _kl_coefficient(objective: ObjectiveConfig, context: StepContext) -> float:
-    return kl_coefficient(
-        context.step,
-        context.total_steps,
-        anneal_portion=objective.kl_anneal_portion,
-        const_portion=objective.kl_const_portion,
-        minimum=objective.kl_const_coeff,
-        maximum=objective.kl_max_coeff,
-    )
-
-
-def _headline(model: VAEModel) -> tuple[str, ...]:
-    return ("nelbo",) if model.spec.binary else ("nelbo", "bits_per_dim")
-
-
 def _bits(nelbo: Tensor, model: VAEModel) -> dict[str, Tensor]:
     """Of grey and colour data, the NELBO (nats an image) as bits/dim."""
     spec = model.spec
@@ -138,7 +147,66 @@ def _charged(kl: Tensor, free_bits: float) -> Tensor:
     return (mean > free_bits).to(mean) if free_bits > 0 else torch.ones_like(mean)
 
 
-class LSGMStage(Stage):
+class _Balance:
+    """What the encoder pays for each latent group, found where the prior's loss is computed.
+
+    Args:
+        vae: Gives the groups.
+        log_q: ``(B, G)``, the entropy's part of the KL; ``kl_finer``: of the finer scales' groups,
+            ``(B, N - G)``.
+        constant: Of the cross-entropy, nats a variable.
+        coefficient: Of the KL; ``balance_at``: the one that the groups are balanced for.
+        free_bits: KL per group that costs nothing, in nats.
+        sync: Balance by the KL of the whole batch.
+
+    Attributes:
+        weights: ``(N,)``, of the groups, after the call.
+    """
+
+    def __init__(
+        self,
+        vae: HierarchicalVAE,
+        log_q: Tensor,
+        kl_finer: Tensor,
+        constant: float,
+        *,
+        coefficient: float,
+        balance_at: float,
+        free_bits: float,
+        sync: bool,
+    ) -> None:
+        self.vae = vae
+        self.log_q = log_q
+        self.kl_finer = kl_finer
+        self.constant = constant
+        self.coefficient = coefficient
+        self.balance_at = balance_at
+        self.free_bits = free_bits
+        self.sync = sync
+        self.weights = log_q.new_ones(log_q.shape[1])
+
+    def __call__(self, weighted: Tensor) -> Tensor:
+        """Factors ``(1, C, 1, 1)`` on the prior's weighted errors ``(B, C, H, W)``, which lack the
+        cross-entropy's constant.
+        """
+        groups = self.vae.num_groups_per_scale
+        kl_top = self.log_q[:, :groups] + per_group(self.vae, weighted + self.constant)
+        kl = torch.cat([kl_top, self.kl_finer], dim=1).detach()
+        scales = self.vae.groups_per_scale
+        weights = kl_balance_weights(kl, scales, self.balance_at, sync=self.sync)
+        self.weights = weights * _charged(kl, self.free_bits)
+        channels = weighted.shape[1] // groups
+        factors = self.weights[:groups].repeat_interleave(channels).view(1, -1, 1, 1)
+        return self.coefficient * factors
+
+
+def per_group(vae: HierarchicalVAE, elements: Tensor) -> Tensor:
+    """Sum ``(B, C, H, W)`` over each group of the coarsest scale: ``(B, G)``."""
+    parts: Sequence[Tensor] = vae.split_top(elements)
+    return torch.stack([sum_except_batch(part) for part in parts], dim=1)
+
+
+class LSGMStage(_BoundStage):
     """Second stage: the score-based prior, end-to-end with the VAE or over a frozen one
     (2106.05931, Alg. 1-3).
 
@@ -157,10 +225,8 @@ class LSGMStage(Stage):
     loss_name = "surrogate"  # right gradients for each side, no meaning as a number
 
     def __init__(self, model: LSGM, objective: ObjectiveConfig, prior: PriorConfig) -> None:
-        super().__init__()
-        self.model = model
-        self.objective = objective
-        self.headline = _headline(model)
+        super().__init__(model, objective, {})
+        self.model: LSGM = model
         self.training_kind = prior.training
         self.stratified = prior.stratified_times
         self.likelihood = make_weighting("likelihood")
@@ -187,7 +253,6 @@ class LSGMStage(Stage):
         self._average_prior: tuple[nn.Module, ...] = ()
         self.spectral_weight = prior.spectral_regularization
         self.norm_weight = prior.norm_regularization
-        self.regularizers: dict[str, SpectralNormRegularizer] = {}
         if objective.spectral_regularization > 0 and self.trains_vae:
             self.regularizers["spectral"] = SpectralNormRegularizer(model.vae)
         if self.spectral_weight > 0:
@@ -200,12 +265,6 @@ class LSGMStage(Stage):
                     "trained; prior.training frozen needs 0"
                 )
             model.vae.requires_grad_(False)
-
-    def kl_coefficient(self, context: StepContext) -> float:
-        return _kl_coefficient(self.objective, context)
-
-    extra_state = VAEStage.extra_state
-    load_extra_state = VAEStage.load_extra_state
 
     def _proposal(self, field: str, name: str, weighting: Weighting) -> TimeProposal:
         sde = self.model.sde
@@ -257,18 +316,16 @@ class LSGMStage(Stage):
         coefficient = self.kl_coefficient(context)
         free_bits = self.objective.free_bits
         balanced = self.objective.kl_balance and coefficient < 1 and self.trains_vae
-        weights = log_q.new_ones(log_q.shape[1])
-
-        def balance(weighted: Tensor) -> Tensor:
-            nonlocal weights
-            kl = torch.cat([self._kl_top(log_q, weighted), kl_finer], dim=1).detach()
-            sync = self.objective.kl_balance_sync
-            balance_at = coefficient if balanced else 1.0
-            weights = kl_balance_weights(kl, vae.groups_per_scale, balance_at, sync=sync)
-            weights = weights * _charged(kl, free_bits)
-            channels = top.shape[1] // num_top
-            return coefficient * weights[:num_top].repeat_interleave(channels).view(1, -1, 1, 1)
-
+        balance = _Balance(
+            vae,
+            log_q,
+            kl_finer,
+            model.sde.cross_entropy_constant(),
+            coefficient=coefficient,
+            balance_at=coefficient if balanced else 1.0,
+            free_bits=free_bits,
+            sync=self.objective.kl_balance_sync,
+        )
         losses: PriorLosses = prior_losses(
             model.sde,
             model.score,
@@ -285,7 +342,8 @@ class LSGMStage(Stage):
             loss_scale=context.loss_scale,
             rng=context.rng,
         )
-        kl_top = log_q[:, :num_top].detach() + self._per_group(losses.cross_entropy)
+        kl_top = log_q[:, :num_top].detach() + per_group(vae, losses.cross_entropy)
+        weights = balance.weights
         kl = torch.cat([kl_top, kl_finer.detach()], dim=1)
         loss = losses.surrogate
         metrics: dict[str, Tensor] = {}
@@ -320,16 +378,3 @@ class LSGMStage(Stage):
         }
         metrics |= _bits(metrics["nelbo"], model)
         return StepOutput(loss=loss, metrics={k: v.detach() for k, v in metrics.items()})
-
-    def _per_group(self, elements: Tensor) -> Tensor:
-        """Sum ``(B, C, H, W)`` over each group of the coarsest scale: ``(B, G)``."""
-        parts: Sequence[Tensor] = self.model.vae.split_top(elements)
-        return torch.stack([sum_except_batch(part) for part in parts], dim=1)
-
-    def _kl_top(self, log_q: Tensor, weighted: Tensor) -> Tensor:
-        """KL of the coarsest groups ``(B, G)`` from weighted errors that lack the cross-entropy's
-        constant.
-        """
-        constant = self.model.sde.cross_entropy_constant()
-        groups = self.model.vae.num_groups_per_scale
-        return log_q[:, :groups] + self._per_group(weighted + constant)

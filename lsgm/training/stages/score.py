@@ -11,7 +11,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lsgm.config.training import ScoreObjectiveConfig
 from lsgm.data.spec import LabelledImages
 from lsgm.discrete_noise import BetaTable
 from lsgm.errors import UserError
@@ -20,7 +19,7 @@ from lsgm.noise_ladder import LadderTimes
 from lsgm.score import EpsFn
 from lsgm.score_matching import ScoreLoss, score_loss
 from lsgm.sde import LinearSDE
-from lsgm.times import TimeProposal, make_proposal, weighted_times
+from lsgm.times import TimeProposal, make_proposal
 from lsgm.training.state import Stage, StepContext, StepOutput
 from lsgm.weighting import make_weighting
 from vae.random import Rng, rand
@@ -35,20 +34,38 @@ class ScoreStage(Stage):
 
     Args:
         model: The model; its ``score`` is trained.
-        objective: Estimator, weighting, times and the fraction of hidden classes.
+        estimator: One of :data:`lsgm.score_matching.ESTIMATORS`; ``projections`` of sliced ones.
+        weighting: Of the squared error over time, by name; levels of noise are unweighted.
+        proposal: Of the training times, by name; levels of noise are equally likely.
+        stratified_times: Spread the times of a batch evenly.
+        reduction: Scale of the loss over an image's values: mean, sum or half_sum.
+        label_dropout: Fraction of images whose class is hidden.
 
     Raises:
         UserError: The weighting or the times do not fit the SDE.
     """
 
-    def __init__(self, model: DataSGM, objective: ScoreObjectiveConfig) -> None:
+    def __init__(
+        self,
+        model: DataSGM,
+        *,
+        estimator: str = "dsm",
+        projections: int = 1,
+        weighting: str = "unweighted",
+        proposal: str = "uniform",
+        stratified_times: bool = True,
+        reduction: str = "mean",
+        label_dropout: float = 0.1,
+    ) -> None:
         super().__init__()
         self.model = model
-        self.objective = objective
+        self.estimator = estimator
+        self.projections = projections
+        self.stratified = stratified_times
+        self.reduction = reduction
+        self.label_dropout = label_dropout
         try:
-            self.weighting = make_weighting(
-                "unweighted" if model.levels is not None else objective.weighting
-            )
+            self.weighting = make_weighting("unweighted" if model.levels is not None else weighting)
             self.kernel = model.sde
             if isinstance(model.levels, BetaTable):
                 # DDPM's own kernel, of which the SDE's is the limit; at its levels nothing else of
@@ -57,25 +74,23 @@ class ScoreStage(Stage):
             self.proposal: TimeProposal
             if model.levels is not None:
                 self.proposal = LadderTimes(model.levels)
-            elif objective.proposal == "weighted":
-                self.proposal = weighted_times(model.sde, self.weighting)
             else:
-                self.proposal = make_proposal(objective.proposal, model.sde, self.weighting)
+                self.proposal = make_proposal(proposal, model.sde, self.weighting)
         except ValueError as error:
             raise UserError(f"objective: {error}") from error
 
     @property
     def scale(self) -> float:
-        """Factor on the sum over an image's values that ``objective.reduction`` asks for."""
+        """Factor on the sum over an image's values that ``reduction`` asks for."""
         factors = {"mean": 1 / self.model.spec.num_dims, "sum": 1.0, "half_sum": 0.5}
-        return factors[self.objective.reduction]
+        return factors[self.reduction]
 
     def trainables(self) -> dict[str, nn.Module]:
         return {"score": self.model.score}
 
     def forward(self, images: Tensor | LabelledImages, context: StepContext) -> StepOutput:
         """``images`` ``(B, C, R, R)`` in [0, 1], with labels for a class-conditional model; the
-        loss has the scale of ``objective.reduction``, the logged one is the mean over values.
+        loss has the scale of ``reduction``, the logged one is the mean over values.
         """
         pixels, rng = self.model.pixels, context.rng
         x, labels = images if isinstance(images, LabelledImages) else (images, None)
@@ -90,14 +105,14 @@ class ScoreStage(Stage):
         """Replace a fraction ``label_dropout`` of ``labels (B,)`` by the class of no class."""
         if labels is None or self.model.num_classes is None:
             return None
-        hidden = rand(labels.shape, rng, device=labels.device) < self.objective.label_dropout
+        hidden = rand(labels.shape, rng, device=labels.device) < self.label_dropout
         return torch.where(hidden, self.model.num_classes, labels)
 
     def loss(self, x: Tensor, labels: Tensor | None, rng: Rng = None) -> ScoreLoss:
         """The objective of ``x (B, C, H, W)``, as the diffusion sees images, summed over an
         image's values.
         """
-        score, objective = self.model.score, self.objective
+        score = self.model.score
 
         def with_labels(x_t: Tensor, t: Tensor) -> Tensor:
             return score(x_t, t, labels)
@@ -109,8 +124,8 @@ class ScoreStage(Stage):
             x,
             weighting=self.weighting,
             proposal=self.proposal,
-            estimator=objective.estimator,
-            num_projections=objective.projections,
-            stratified=objective.stratified_times,
+            estimator=self.estimator,
+            num_projections=self.projections,
+            stratified=self.stratified,
             rng=rng,
         )
