@@ -1,6 +1,7 @@
 """Latent score-based generative models (arXiv 2106.05931).
 
-``lsgm.load(RUN)`` opens a finished run folder anywhere.
+``lsgm.load(RUN)`` opens a finished run folder anywhere; ``lsgm.fit(MODEL, DATA, out=RUN)`` trains
+one in Python.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from lsgm.system.threads import wait_briefly
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "fit", "load"]
 
 wait_briefly()  # here, because every script and every process comes by before it loads PyTorch
 
 if TYPE_CHECKING:
     from lsgm.models.loading import load
+    from lsgm.training.fit import fit
 
 
 def __getattr__(name: str) -> Any:
@@ -25,4 +27,8 @@ def __getattr__(name: str) -> Any:
         from lsgm.models.loading import load
 
         return load
+    if name == "fit":
+        from lsgm.training.fit import fit
+
+        return fit
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -32,10 +32,12 @@ __all__ = [
     "Described",
     "WEIGHTS",
     "check_weights",
+    "given_class",
     "load_data_config",
     "load_weights",
     "description_error",
     "read_description",
+    "require_given",
     "save",
     "section",
 ]
@@ -64,10 +66,10 @@ class Described(Protocol):
 
 
 def save(
-    model: Described, folder: Path, data: DataConfig, notes: dict[str, Any] | None = None
+    model: Described, folder: Path, data: DataConfig | None, notes: dict[str, Any] | None = None
 ) -> None:
     """Write the model's weights and description, with the SHA-256 of both, into ``folder``; each
-    file appears whole or not at all.
+    file appears whole or not at all. ``data``: None for data that no configuration names.
 
     Raises:
         UserError: A weight is NaN or infinite.
@@ -78,12 +80,35 @@ def save(
     description = {
         "kind": model.kind,
         **model.describe(),
-        "data": asdict(data),
+        **({} if data is None else {"data": asdict(data)}),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         **(notes or {}),
     }
     hashes = {WEIGHTS: file_sha256(folder / WEIGHTS)}
     atomic_write_json(folder / DESCRIPTION, seal(description, DESCRIPTION, hashes))
+
+
+def given_class(module: object) -> str:
+    """What a description says of a module that is not the library's."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def require_given(description: Mapping[str, Any], modules: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``modules`` that a run's description says it has to be given, and all of them.
+
+    Raises:
+        UserError: one is missing, or not wanted.
+    """
+    wanted: Mapping[str, str] = description.get("given", {})
+    for name, what in wanted.items():
+        if name not in modules:
+            raise UserError(
+                f"its {name} ({what}) is not one of the library's: give it, "
+                f"lsgm.load(run, {name}=...)"
+            )
+    if unknown := sorted(set(modules) - set(wanted)):
+        raise UserError(f"this model is not to be given {', '.join(unknown)}")
+    return dict(modules)
 
 
 def _require_finite(state: dict[str, torch.Tensor], folder: Path) -> None:
@@ -206,6 +231,8 @@ def load_data_config(folder: str | Path, root: str | None = None) -> DataConfig:
     """
     folder = Path(folder)
     description = read_description(folder)
+    if "data" not in description:
+        raise UserError(f"{folder}: trained in Python, on data that no configuration names")
     try:
         data: DataConfig = section(DataConfig, description["data"])
     except MALFORMED as error:

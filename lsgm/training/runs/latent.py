@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 import torch
-from lsgm.config.training import (LSGMTrainConfig, VAETrainConfig)
+from lsgm.config.training import DataConfig, LSGMTrainConfig, OptimConfig, VAETrainConfig
 from lsgm.config.architecture import (PriorConfig)
-from lsgm.data import Batches, Datasets, fitting_batch_size, preprocess
+from lsgm.data import Batches, Datasets, build_datasets, fitting_batch_size, preprocess
 from lsgm.errors import UserError
 from lsgm.system.curves import (learning_curves, read_metrics)
 from lsgm.system.files import (RunFolder)
@@ -20,8 +21,8 @@ from lsgm.models.release import (save)
 from lsgm.sde import largest_squared_distance
 from lsgm.training.distributed import distributed
 from lsgm.training.evaluation import evaluate_vae
-from lsgm.training.runs.launch import (OpenRun, fit_run, open_run)
-from lsgm.training.loop import EvalContext
+from lsgm.training.runs.launch import OpenRun, Training, open_run
+from lsgm.training.context import EvalContext
 from lsgm.training.runs.resume import (Resume)
 from lsgm.training.stages.latent import (LSGMStage, VAEStage)
 from lsgm.training.state import Stage, TrainState
@@ -44,14 +45,14 @@ def train_vae(config: VAETrainConfig, out: str | None = None, *, resume: Resume 
     """
     with (
         distributed(config.train.device, config.train.timeout_minutes) as world,
-        open_run(config, config.data, out, resume, world) as run,
+        open_run(config, partial(build_datasets, config.data), out, resume, world) as run,
     ):
         if not run.plan.finished:
             torch.manual_seed(config.train.seed)
             spec = run.datasets.spec
             model = VAEModel(build_vae(config.vae, spec), spec, config.vae)
             stage = VAEStage(model, config.objective)
-            _fit(stage, model, config, {"vae": config.optim_vae}, run)
+            _fit(stage, model, config.data, {"vae": config.optim_vae}, run)
     return run.folder.path
 
 
@@ -67,7 +68,7 @@ def train_lsgm(config: LSGMTrainConfig, out: str | None = None, *, resume: Resum
         raise UserError("--vae: give the folder of a finished VAE run, for example --vae runs/vae")
     with (
         distributed(config.train.device, config.train.timeout_minutes) as world,
-        open_run(config, config.data, out, resume, world) as run,
+        open_run(config, partial(build_datasets, config.data), out, resume, world) as run,
     ):
         if not run.plan.finished:
             described = run.begun_with()
@@ -79,7 +80,7 @@ def train_lsgm(config: LSGMTrainConfig, out: str | None = None, *, resume: Resum
             optims = {"prior": config.optim_prior}
             if stage.trains_vae:
                 optims["vae"] = config.optim_vae
-            _fit(stage, model, config, optims, run)
+            _fit(stage, model, config.data, optims, run)
     return run.folder.path
 
 
@@ -171,11 +172,11 @@ def _same_images(model: VAEModel, datasets: Datasets) -> bool:
 def _fit(
     stage: Stage,
     model: VAEModel,
-    config: VAETrainConfig | LSGMTrainConfig,
-    optims: Mapping[str, Any],
-    run: OpenRun,
+    data: DataConfig,
+    optims: Mapping[str, OptimConfig],
+    run: OpenRun[Datasets],
 ) -> None:
-    data, datasets = run.data, run.datasets
+    datasets = run.datasets
 
     def evaluate(context: EvalContext) -> Mapping[str, float | None]:
         averaged = with_weights(model, context.models)
@@ -190,16 +191,7 @@ def _fit(
         num_dims = None if model.spec.binary else model.spec.num_dims
         learning_curves(lines, folder.path / "curves.png", num_dims=num_dims)
 
-    fit_run(
-        stage,
-        model,
-        config,
-        optims,
-        run,
-        evaluate=evaluate,
-        release=release,
-        draw_curves=draw_curves,
-    )
+    run.train(Training(stage, model, optims, release, evaluate, draw_curves))
 
 
 def with_weights(model: VAEModel, sides: Mapping[str, torch.nn.Module]) -> VAEModel:
