@@ -82,7 +82,7 @@ class ImageClassifier(nn.Module):
         x = self.pixels.to_network(images)
         if not self.config.noise_conditional:
             return self.network(x)
-        start = torch.full((len(x),), self.sde.t_min, dtype=x.dtype, device=x.device)
+        start = torch.full((len(x),), self.sde.time_eps, dtype=x.dtype, device=x.device)
         return self.network(x, start)
 
     def guide(self, model: DataSGM, labels: Tensor, scale: float = 1.0) -> ClassifierGuidance:

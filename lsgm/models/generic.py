@@ -188,7 +188,7 @@ class ScoreModel(_GenericModel):
     def _solve(self, rows: list[int], nfe: int, seed: int, temperature: float) -> Solution:
         rng = RowGenerators.of(seed, rows)
         solver = make_solver(SOLVER)
-        times = make_grid(GRID, self.sde, solver.steps_for(nfe), max(1e-3, self.sde.t_min))
+        times = make_grid(GRID, self.sde, solver.steps_for(nfe), max(1e-3, self.sde.time_eps))
         shape = (len(rows), *self.state_shape)
         noise = temperature * self.sde.prior_sample(shape, rng, device=self.device)
         return solver.solve(self.sde, self.score, noise, times, rng=rng)

@@ -232,7 +232,7 @@ class DataSGM(nn.Module):
         grid = given.grid or ("ladder" if is_ncsn else make_solver(solver).default_grid)
         t_end = given.t_end
         if t_end is None:
-            t_end = 0.0 if is_ncsn else max(1e-3, self.sde.t_min)
+            t_end = 0.0 if is_ncsn else max(1e-3, self.sde.time_eps)
         return SamplerDefaults(solver, nfe, grid, t_end, options)
 
     def _langevin_options(self) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def ode_data_likelihood(
     if not torch.allclose(levels, levels.round(), rtol=0.0, atol=1e-3):
         raise ValueError("images must be multiples of 1/255: they are not 8-bit")
     divergence = ExactDivergence() if divergence is None else divergence
-    t_end = sde.t_min if t_end is None else t_end
+    t_end = sde.time_eps if t_end is None else t_end
     log_probs, nfe = [], 0
     for _ in range(draws):
         result = ode_log_density(
