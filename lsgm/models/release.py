@@ -65,10 +65,13 @@ class Described(Protocol):
 
 
 def save(
-    model: Described, folder: Path, data: DataConfig, notes: dict[str, Any] | None = None
+    model: Described,
+    folder: Path,
+    data: DataConfig | None = None,
+    notes: dict[str, Any] | None = None,
 ) -> None:
     """Write the model's weights and description, with the SHA-256 of both, into ``folder``; each
-    file appears whole or not at all.
+    file appears whole or not at all. ``data``: what the model was trained on, if that is known.
 
     Raises:
         UserError: A weight is NaN or infinite.
@@ -79,7 +82,7 @@ def save(
     description = {
         "kind": model.kind,
         **model.describe(),
-        "data": asdict(data),
+        **({} if data is None else {"data": asdict(data)}),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         **(notes or {}),
     }

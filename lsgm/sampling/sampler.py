@@ -1,36 +1,28 @@
-"""Options of the scripts that use a trained run."""
+"""The sampler that the command line's options stand for."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lsgm.config.checks import require_at_most
 from lsgm.errors import UserError
-from lsgm.models.base import DiffusionModel
-from lsgm.solvers import (
-    SOLVERS,
-    AnnealedLangevin,
-    EpsFn,
-    PredictorCorrector,
-    Solver,
-    choose_pilot,
-    make_grid,
-    make_solver,
-    solver_parameters,
-)
+from lsgm.models.base import BATCH_SIZE, DiffusionModel, Model
+from lsgm.solvers import SOLVERS, solver_parameters
+from lsgm.solvers.sampler import OptionError, Sampler
 
 __all__ = [
-    "DEFAULT_SOLVER",
     "SOLVER_OPTIONS",
+    "Sampler",
     "SolverOptions",
-    "choose_solver",
+    "build_any_sampler",
+    "build_sampler",
     "given_solver_options",
-    "resolve",
     "solver_arguments",
+    "solver_of",
 ]
 
 MAX_COUNT = 1_000_000
@@ -46,7 +38,8 @@ class SolverOptions:
 
     solver: str | None = None
     """Solver by name: normal_reference_pc, dopri5 (adaptive), heun, ... (lsgm.solvers.SOLVERS).
-    None: what a model of images recommends; normal_reference_pc for an LSGM. Any solver takes what
+    None: what a model of images recommends, but normal_reference_pc where nfe is at most a tenth of
+    its evaluations or grid is pilot; normal_reference_pc for an LSGM. Any solver takes what
     a model of images recommends for it (t_end, denoise, snr, ...) unless given here."""
     nfe: int | None = None
     """Network evaluations per batch, 10 unless the model recommends otherwise; adaptive solvers
@@ -110,7 +103,7 @@ class SolverOptions:
     temperature: float = 1.0
     """Standard deviation of the starting noise (in units of the prior's) and of latents outside the
     prior."""
-    batch_size: int = 64
+    batch_size: int = BATCH_SIZE
     """Images at a time. Every image has its own noise, so the images do not depend on it, except
     with adaptive solvers and norm batch, whose steps are shared by a batch."""
     seed: int = 0
@@ -128,31 +121,6 @@ class SolverOptions:
             raise ValueError(f"seed: must not be negative, not {self.seed}")
         if self.state_dtype not in (None, "float32", "float64"):
             raise ValueError(f"state_dtype: must be float32 or float64, not {self.state_dtype}")
-
-
-DEFAULT_SOLVER = "normal_reference_pc"
-
-
-DEFAULT_NFE = 10
-
-
-PUBLISHED_SOLVER = "discrete_pc"
-
-
-FEW_STEP_GRID = "phi"
-"""For models of images, of which that of a variance-exploding SDE has most of its time far out."""
-
-
-DEFAULT_T_END = 1e-3
-
-
-PILOT_GRID = "pilot"
-
-
-PILOT_IMAGES = 16
-
-
-LADDER_GRID = "ladder"
 
 
 MODEL_ALPHA = "model"
@@ -180,15 +148,14 @@ def given_solver_options(options: SolverOptions) -> list[str]:
     return [name for name in names if getattr(options, name) is not None]
 
 
-def solver_arguments(options: SolverOptions, score: EpsFn | None = None) -> dict[str, Any]:
-    """The arguments of ``make_solver`` that ``options`` give.
+def solver_arguments(solver: str, options: SolverOptions, mixing: Tensor | None) -> dict[str, Any]:
+    """The arguments of the solver of that name that ``options`` give.
 
     Raises:
         UserError: The solver is unknown or has no such option (naming those that have it), or
-            ``alpha`` is neither a number nor something that the model has.
+            ``alpha`` is neither a number nor something that the model has (``mixing``).
     """
-    assert options.solver is not None
-    own, arguments = _parameters(options.solver), dict[str, Any]()
+    own, arguments = _parameters(solver), dict[str, Any]()
     for option, names in SOLVER_OPTIONS.items():
         value = getattr(options, option)
         if value is None:
@@ -196,14 +163,14 @@ def solver_arguments(options: SolverOptions, score: EpsFn | None = None) -> dict
         if not own.issuperset(names):
             takers = [name for name in SOLVERS if _parameters(name).issuperset(names)]
             raise UserError(
-                f"--{option}: the solver {options.solver} has no such option; "
+                f"--{option}: the solver {solver} has no such option; "
                 f"it belongs to {', '.join(takers)}"
             )
         arguments |= dict.fromkeys(names, value)
     if "state_dtype" in arguments:
         arguments["state_dtype"] = getattr(torch, arguments["state_dtype"])
     if "alpha" in arguments:
-        arguments["alpha"] = _alpha(arguments["alpha"], score)
+        arguments["alpha"] = _alpha(arguments["alpha"], mixing)
     return arguments
 
 
@@ -213,131 +180,48 @@ def _parameters(solver: str) -> set[str]:
     return set(solver_parameters(solver))
 
 
-def _alpha(text: str, score: EpsFn | None) -> float | Tensor:
+def _alpha(text: str, mixing: Tensor | None) -> float | Tensor:
     if text == MODEL_ALPHA:
-        mixing = getattr(score, "non_normal", None)
         if mixing is None:
             raise UserError("--alpha: this model has no mixing coefficients; give a number")
-        return cast(Tensor, mixing)
+        return mixing
     try:
         return float(text)
     except ValueError:
         raise UserError(f"--alpha: {text!r} is neither a number nor {MODEL_ALPHA}") from None
 
 
-def resolve(model: object, options: SolverOptions) -> tuple[SolverOptions, dict[str, Any]]:
-    """The options with what they leave open filled in, and further arguments of the solver.
-
-    Without a named solver it is the one that the model recommends (its ``defaults``). Any solver
-    takes the model's last time and, of its recommended arguments, those that it has; the
-    recommended solver, named or not, also its evaluations and grid. Models that recommend nothing
-    take :data:`DEFAULT_SOLVER` down to :data:`DEFAULT_T_END`, and so do, down to their own last
-    time, models of a published sampler asked for fewer evaluations than it takes.
-
-    Raises:
-        UserError: The solver is unknown.
-    """
-    defaults = getattr(model, "defaults", None)
-    if defaults is None:
-        t_end = DEFAULT_T_END if options.t_end is None else options.t_end
-        return replace(options, solver=options.solver or DEFAULT_SOLVER, t_end=t_end), {}
-    solver = options.solver or defaults.solver
-    fewer = options.nfe is not None and options.nfe < defaults.nfe
-    if options.solver is None and solver == PUBLISHED_SOLVER and fewer:
-        solver = DEFAULT_SOLVER
-        options = replace(options, grid=options.grid or FEW_STEP_GRID)
-    _parameters(solver)
-    t_end = defaults.t_end if options.t_end is None else options.t_end
-    filled = replace(options, solver=solver, t_end=t_end)
-    if solver == defaults.solver:
-        filled = replace(
-            filled, nfe=options.nfe or defaults.nfe, grid=options.grid or defaults.grid
-        )
-    return filled, defaults.options_of(solver)
-
-
-def choose_solver(model: DiffusionModel, options: SolverOptions) -> tuple[Solver, Tensor]:
-    """The solver of ``options`` and its time grid, float64, from 1 down to ``t_end``.
+def build_sampler(model: DiffusionModel, options: SolverOptions) -> Sampler:
+    """The sampler of ``options``, its times fixed.
 
     Raises:
         UserError: The solver, the grid or an option is unknown or would have no effect, the
             evaluations are too few, or the solver cannot go down to ``t_end``.
     """
-    given = [name for name in given_solver_options(options) if name != "solver"]
-    options, recommended = resolve(model, options)
-    arguments = recommended | solver_arguments(options, model.score)
-    assert options.solver is not None and options.t_end is not None
+    solver = solver_of(model, options)
+    arguments = solver_arguments(solver, options, model.mixing)
     try:
-        solver = make_solver(options.solver, **arguments)
-        _refuse_idle(solver, options, given)
-        # Before anything is computed: a time without noise suits few solvers.
-        ends = solver.check(model.sde, torch.tensor([1.0, options.t_end], dtype=torch.float64))
-        if solver.evaluations(1) is None:
-            return solver, ends
-        if options.grid == LADDER_GRID:
-            return _on_ladder(model, solver, options, given)
-        nfe = options.nfe or DEFAULT_NFE
-        if nfe < (least := solver.evaluations(1) or 1):
-            raise UserError(f"--nfe: {options.solver} needs at least {least}, got {nfe}")
-        if options.grid == PILOT_GRID:
-            return _pilot(model, solver, nfe, options)
-        grid = options.grid or solver.default_grid
-        return solver, make_grid(grid, model.sde, solver.steps_for(nfe), options.t_end)
-    except ValueError as error:
-        raise UserError(f"--solver {options.solver}: {error}") from error
-
-
-def _refuse_idle(solver: Solver, options: SolverOptions, given: list[str]) -> None:
-    """Refuse options of the solver that would have no effect on it.
-
-    Raises:
-        UserError: One of the ``given`` options is such.
-    """
-    if solver.evaluations(1) is None and (idle := {"nfe", "grid"}.intersection(given)):
-        raise UserError(
-            f"--{min(idle)}: {options.solver} is adaptive and chooses its own steps; set "
-            "--tolerance"
+        return model.sampler(
+            options.solver,
+            nfe=options.nfe,
+            grid=options.grid,
+            t_end=options.t_end,
+            temperature=options.temperature,
+            seed=options.seed,
+            **arguments,
         )
-    if isinstance(solver, PredictorCorrector) and solver.corrector_steps == 0:
-        for name in {"snr", "norm"}.intersection(given):
-            raise UserError(
-                f"--{name}: {options.solver} takes no corrector steps that it could scale; give "
-                "--corrector_steps 1 as well"
-            )
+    except OptionError as error:
+        raise UserError(f"--{error}") from error
+    except ValueError as error:
+        raise UserError(f"--solver {solver}: {error}") from error
 
 
-def _on_ladder(
-    model: DiffusionModel, solver: Solver, options: SolverOptions, given: list[str]
-) -> tuple[Solver, Tensor]:
-    """The model's own noise levels; their number is fixed, and with Langevin dynamics the
-    evaluations are spread over them.
-    """
-    ladder = getattr(model, "ladder", None)
-    if ladder is None:
-        raise UserError("--grid: only models trained on a list of noise levels have a ladder")
-    if "t_end" in given:
-        raise UserError("--t_end: the ladder ends at its last level; choose another --grid")
-    levels = len(ladder.times)
-    if "nfe" in given:
-        if not isinstance(solver, AnnealedLangevin) or "steps_per_level" in given:
-            cost = solver.evaluations(levels - 1)
-            raise UserError(
-                f"--nfe: on the {levels} levels of the ladder this sampler takes {cost} "
-                "evaluations; leave it out, or choose another --grid"
-            )
-        if options.nfe is not None and options.nfe < levels:
-            raise UserError(f"--nfe: {levels} noise levels need at least as many evaluations")
-    if isinstance(solver, AnnealedLangevin) and options.nfe and options.steps_per_level is None:
-        solver = replace(solver, steps_per_level=options.nfe // levels)
-    solver.check(model.sde, ladder.times)
-    return solver, ladder.times
+def solver_of(model: DiffusionModel, options: SolverOptions) -> str:
+    """Name of the solver that ``options`` mean for the model."""
+    of_solver = [name for name in SOLVER_OPTIONS if getattr(options, name) is not None]
+    return options.solver or model.defaults.solver_for(options.nfe, options.grid, of_solver)
 
 
-def _pilot(
-    model: DiffusionModel, solver: Solver, nfe: int, options: SolverOptions
-) -> tuple[Solver, Tensor]:
-    # Noise of its own, so that the images are those of the same times without a pilot.
-    rng = torch.Generator().manual_seed(options.seed)
-    assert options.t_end is not None
-    start = model.prior_start(PILOT_IMAGES, rng, options.temperature, solver)
-    return choose_pilot(model.sde, model.score, start, nfe, options.t_end, solver)
+def build_any_sampler(model: Model, options: SolverOptions) -> Sampler | None:
+    """:func:`build_sampler` of a model that a solver samples; None for the others."""
+    return None if model.diffusion is None else build_sampler(model.diffusion, options)
