@@ -24,6 +24,8 @@ from lsgm.errors import UserError
 from lsgm.models.latent import VAEModel, build_vae
 from lsgm.models.release import load_data_config, save
 from lsgm.system import memory
+from lsgm.system.curves import read_metrics
+from lsgm.system.files import log_line, open_log
 from lsgm.system.integrity import file_sha256, seal
 from lsgm.training.checkpoint import CheckpointError, Checkpoints
 
@@ -303,3 +305,31 @@ def test_a_change_of_ones_own_is_allowed_without_the_seal(run):
     del moved["sha256"]
     (run / DESCRIPTION).write_text(json.dumps(moved))
     assert load_data_config(run) == replace(DataConfig(), root="/elsewhere")
+
+
+def test_a_damaged_log_has_fewer_lines_and_no_other_numbers(tmp_path):
+    """200 flips and 200 truncations: the reader and a resumed run drop what is not as written."""
+    path = tmp_path / "metrics.jsonl"
+    written = [
+        {"phase": "train", "step": k, "nelbo": 100 / (k + 1), "lr/vae": 1e-3} for k in range(9)
+    ]
+    whole = b"".join(log_line(record) for record in written)
+    path.write_bytes(whole)
+    assert read_metrics(path) == written
+    for damaged in damages(whole):
+        path.write_bytes(damaged)
+        kept = read_metrics(path)
+        assert len(kept) >= len(damaged) * len(written) // len(whole) - 2
+        assert all(record in written for record in map(_without_extra, kept))
+        said: list[str] = []
+        with open_log(path, len(damaged), said.append):
+            pass
+        assert read_metrics(path) == kept
+        assert all("damaged line" in line for line in said)
+
+
+def _without_extra(record: dict[str, Any]) -> dict[str, Any]:
+    """A flip in the name ``crc32`` leaves a record whose numbers are right."""
+    return {
+        key: value for key, value in record.items() if key in ("phase", "step", "nelbo", "lr/vae")
+    }

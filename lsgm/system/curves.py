@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lsgm.system.files import atomic_write
+from lsgm.system.files import atomic_write, read_log_line
 
 __all__ = [
     "learning_curves",
@@ -19,12 +18,11 @@ __all__ = [
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a ``metrics.jsonl``, without damaged ones; none if it is missing."""
-    lines = []
+    lines: list[bytes] = []
     with contextlib.suppress(FileNotFoundError):
-        for line in path.read_bytes().splitlines():
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(line))
-    return [line for line in lines if isinstance(line, dict) and "phase" in line]
+        lines = path.read_bytes().splitlines(keepends=True)
+    records = map(read_log_line, lines)
+    return [record for record in records if record is not None and "phase" in record]
 
 
 def learning_curves(

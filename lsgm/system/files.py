@@ -13,7 +13,8 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,7 +32,9 @@ __all__ = [
     "atomic_write_text",
     "check_output",
     "json_text",
+    "log_line",
     "open_log",
+    "read_log_line",
     "sweep",
 ]
 
@@ -142,7 +145,7 @@ def open_log(path: Path, length: int, say: Callable[[str], None]) -> IO[bytes]:
     except FileNotFoundError:
         content, size = b"", 0
     lines = content.splitlines(keepends=True)
-    good = [line for line in lines if _is_json_line(line)]
+    good = [line for line in lines if read_log_line(line) is not None]
     if len(good) < len(lines):
         say(f"warning: {path}: dropped {len(lines) - len(good)} damaged line(s)")
     if len(content) < length:
@@ -156,11 +159,27 @@ def open_log(path: Path, length: int, say: Callable[[str], None]) -> IO[bytes]:
     return open(path, "ab")
 
 
-def _is_json_line(line: bytes) -> bool:
+def log_line(record: Mapping[str, Any]) -> bytes:
+    """A line of a log, with the CRC-32 of its record as the key ``crc32``."""
+    return json_text({**record, "crc32": _crc32(json_text(record))}).encode() + b"\n"
+
+
+def read_log_line(line: bytes) -> dict[str, Any] | None:
+    """The record of a line of a log, without its ``crc32``; None if the line is torn or is not what
+    was written. Lines of older logs have no ``crc32``.
+    """
     try:
-        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
+        record = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
-        return False
+        return None
+    if not isinstance(record, dict):
+        return None
+    crc32 = record.pop("crc32", None)
+    return record if crc32 is None or crc32 == _crc32(json_text(record)) else None
+
+
+def _crc32(text: str) -> int:
+    return zlib.crc32(text.encode())
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:

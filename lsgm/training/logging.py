@@ -13,7 +13,7 @@ from tensorboardX import SummaryWriter
 from torch import Tensor
 from tqdm import tqdm
 
-from lsgm.system.files import RunFolder, json_text, open_log
+from lsgm.system.files import RunFolder, log_line, open_log
 from lsgm.system.progress import has_terminal
 from lsgm.training.distributed import World, all_mean
 
@@ -140,7 +140,7 @@ class RunLogger:
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self._writer.add_scalar(f"{phase}/{name}", value, step)
-        self._file.write(json_text(record).encode() + b"\n")
+        self._file.write(log_line(record))
         self._file.flush()
 
     def image(self, name: str, image: Tensor, step: int) -> None:

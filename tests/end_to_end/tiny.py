@@ -32,7 +32,7 @@ LAST_CHECKPOINT = f"step_{STEPS:08d}.pt"
 CANNOT_MOUNT = 77
 KILLS = int(os.environ.get("LSGM_KILLS", "6"))
 """How often the kill tests kill a run."""
-CLOCKS = ("time", "train_seconds", "eval_seconds", "images_per_second")
+CLOCKS = ("time", "train_seconds", "eval_seconds", "images_per_second", "crc32")
 
 TRAIN = f"""
 train:
