@@ -326,8 +326,8 @@ class Model(nn.Module, ABC):
         Raises:
             ValueError: It does not apply to the model.
         """
-        if sampler is not None or nfe is not None:
-            raise ValueError("this model's latents are N(0, I): no sampler and no nfe apply")
+        if sampler is not None:
+            raise ValueError("sampler: this model's latents are N(0, I)")
         return None
 
     @torch.no_grad()
@@ -386,7 +386,8 @@ class Model(nn.Module, ABC):
         Arguments:
             n: Number of images.
             sampler: Instead of the recommended one.
-            nfe: Network evaluations of the recommended sampler, unless its own number.
+            nfe: Network evaluations that the recommended sampler may take, in place of its own
+                number; a model whose latents are N(0, I) takes none.
             seed: Of all noise, at least 0.
             temperature: Standard deviation of the starting noise and of N(0, I) latents, relative
                 to the prior's (and to the sampler's own temperature).
