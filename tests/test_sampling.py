@@ -19,9 +19,16 @@ from lsgm.commands.sample import SampleOptions
 from lsgm.errors import UserError
 from lsgm.models.base import SamplerDefaults
 from lsgm.sampling.draw import draw_samples, iterate_samples
-from lsgm.sampling.sampler import SOLVER_OPTIONS, SolverOptions, build_sampler, solver_arguments
+from lsgm.sampling.sampler import (
+    NOT_ON_COMMAND_LINE,
+    SOLVER_OPTIONS,
+    SolverOptions,
+    build_sampler,
+    solver_arguments,
+)
 from lsgm.sde import VPSDE
 from lsgm.solvers import SOLVERS, make_grid, make_solver
+from lsgm.solvers.options import argument_docs, solver_class, solver_options
 from lsgm.system.npz import write_npz
 from vae.random import RowGenerators, rand, randn
 
@@ -59,10 +66,29 @@ def test_every_option_of_every_solver_is_on_the_command_line(solver):
     """Except the trajectory, which no file holds, the two that name other solvers, and what belongs
     to a model.
     """
-    hidden = {"keep_trajectory", "backend", "velocity_dtype", "levels", "probability_flow"}
     reachable = {name for names in SOLVER_OPTIONS.values() for name in names}
-    assert set(inspect.signature(SOLVERS[solver]).parameters) <= reachable | hidden
+    arguments = set(inspect.signature(SOLVERS[solver]).parameters)
+    assert arguments <= reachable | NOT_ON_COMMAND_LINE
+    assert reachable.isdisjoint(NOT_ON_COMMAND_LINE)
     assert set(SOLVER_OPTIONS) <= {item.name for item in fields(SolverOptions)}
+    # and says what the solver says of it, as one paragraph
+    for name in arguments:
+        option = solver_options()[name]
+        own = argument_docs(solver_class(solver))[name]
+        assert own and own in option.help and solver in option.solvers
+        assert "``" not in own and "\n" not in own
+
+
+def test_options_are_what_the_solvers_say():
+    order, noise = solver_options()["order"], solver_options()["noise_scale"]
+    assert (order.type, noise.type, solver_options()["norm"].type) == (int, float, str)
+    assert "heun" not in order.solvers and {"unipc", "dpmpp_2m"} <= set(order.solvers)
+    assert noise.help.endswith(
+        "reverse_diffusion: Factor on the predictor's noise (a temperature)."
+    )
+    helps = {item.name: item.metadata.get("help") for item in fields(SolverOptions)}
+    assert helps["order"] == order.help and "float64 or float32" in helps["state_dtype"]
+    assert SOLVER_OPTIONS["tolerance"] == ("rtol", "atol")
 
 
 def test_options_reach_the_solver():

@@ -190,24 +190,18 @@ def _conditional_sampler(model: DiffusionModel, options: EditOptions) -> Sampler
     own = model.defaults
     draws_noise = make_solver(own.solver, **own.options_of(own.solver)).stochastic
     if options.solver is None and not draws_noise:
-        options = replace(
-            options,
-            solver=CONDITIONAL_SOLVER,
-            nfe=options.nfe or CONDITIONAL_NFE,
-            corrector_steps=options.corrector_steps or 3,
-        )
+        steps: dict[str, Any] = {"corrector_steps": options.corrector_steps or 3}
+        nfe = options.nfe or CONDITIONAL_NFE
+        options = replace(options, solver=CONDITIONAL_SOLVER, nfe=nfe, **steps)
     return build_sampler(model, options)
 
 
 def _flow(model: DiffusionModel, options: EditOptions) -> tuple[Solver, Tensor]:
     """A deterministic solver and its times."""
-    sampler = build_sampler(
-        model,
-        # A flow is run both ways: its last time is where an image is encoded.
-        replace(
-            options, solver=options.solver or DETERMINISTIC_SOLVER, denoise=bool(options.denoise)
-        ),
-    )
+    # A flow is run both ways: its last time is where an image is encoded.
+    closing: dict[str, Any] = {"denoise": bool(options.denoise)}
+    chosen = replace(options, solver=options.solver or DETERMINISTIC_SOLVER, **closing)
+    sampler = build_sampler(model, chosen)
     solver, times = sampler.method, sampler.times_for(model.sde)
     if solver.stochastic:
         raise UserError(f"--solver: {options.solver} draws noise; the flow needs one that does not")

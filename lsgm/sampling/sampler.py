@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, make_dataclass
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from lsgm.config.checks import require_at_most
 from lsgm.errors import UserError
 from lsgm.models.base import BATCH_SIZE, DiffusionModel, Model
 from lsgm.solvers import SOLVERS, solver_parameters
+from lsgm.solvers.options import solver_options
 from lsgm.solvers.sampler import OptionError, Sampler
 
 __all__ = [
@@ -28,13 +29,60 @@ __all__ = [
 MAX_COUNT = 1_000_000
 """Most evaluations, draws or rows that an option may ask for: more is a slip of the keyboard."""
 
+MODEL_ALPHA = "model"
+
+NOT_ON_COMMAND_LINE = {
+    "keep_trajectory",  # which no file holds
+    "backend",  # another solver's name
+    "velocity_dtype",
+    "levels",  # the model's
+    "probability_flow",
+    "clip",
+    "variance",
+}
+
+OTHER_NAMES = {"rtol": "tolerance", "atol": "tolerance", "noise": "churn_noise"}
+"""Argument of a solver -> option, where that is another word."""
+
+ON_COMMAND_LINE = {
+    "alpha": f"Here a number, or {MODEL_ALPHA} (the model's mixing coefficients, one per channel).",
+    "denoise": "None: what a model of images recommends (true unless its configuration says "
+    "otherwise); false for latents.",
+    "state_dtype": "float64 or float32.",
+}
+"""What is particular to an option here; all else is said where the solver is."""
+
+
+def _arguments_of_options() -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for name in solver_options():
+        if name not in NOT_ON_COMMAND_LINE:
+            option = OTHER_NAMES.get(name, name)
+            found[option] = (*found.get(option, ()), name)
+    return found
+
+
+SOLVER_OPTIONS = _arguments_of_options()
+"""Option of the command line -> arguments of the solver."""
+
+
+def _fields_of_options() -> list[tuple[str, Any, Any]]:
+    """A field for each of :data:`SOLVER_OPTIONS`; None is the solver's own choice."""
+    found = []
+    for option, (name, *_) in SOLVER_OPTIONS.items():
+        argument = solver_options()[name]
+        text = f"{argument.help} {ON_COMMAND_LINE.get(option, '')}".strip()
+        found.append((option, argument.type | None, field(default=None, metadata={"help": text})))
+    return found
+
+
+# Any: which options there are is known at run time only.
+SolverArguments: Any = make_dataclass("SolverArguments", _fields_of_options(), frozen=True)
+
 
 @dataclass(frozen=True)
-class SolverOptions:
-    """How a score-based prior or model is sampled.
-
-    Options that are None are the solver's own choice; one that the solver does not have is refused.
-    """
+class SamplerOptions:
+    """What is asked of any sampler; None is the model's or the solver's own choice."""
 
     solver: str | None = None
     """Solver by name: normal_reference_pc, dopri5 (adaptive), heun, ... (lsgm.solvers.SOLVERS).
@@ -50,56 +98,15 @@ class SolverOptions:
     t_end: float | None = None
     """Last time of the generative process; time runs from 1 down to it. None: the model's, or
     0.001."""
-    tolerance: float | None = None
-    """Relative and absolute tolerance of adaptive solvers."""
-    max_nfe: int | None = None
-    """Most network evaluations of an adaptive solver, 10000 unless given: it stops with an error
-    where a tolerance would need more."""
-    order: int | None = None
-    """Order of multistep solvers."""
-    alpha: str | None = None
-    """Weight of the non-Normal part in normal_reference: a number in [0, 1], or model (the model's
-    mixing coefficients, one per channel)."""
-    corrector: bool | None = None
-    """Whether normal_reference and deis correct each step."""
-    corrector_from: int | None = None
-    """Fewest steps with which they do."""
-    variable: str | None = None
-    """Variable of the steps (euler, heun, rk4) or of the extrapolation (normal_reference, deis)."""
-    variant: str | None = None
-    """UniPC's bh1 or bh2."""
-    lower_order_final: bool | None = None
-    """Lower the order of multistep solvers in the last steps."""
-    eta: float | None = None
-    """Noise of ddim: 0 deterministic, 1 ancestral."""
-    predictor: str | None = None
-    """Predictor of predictor_corrector, discrete_pc: reverse_diffusion, euler_maruyama, ancestral,
-    ..."""
-    corrector_steps: int | None = None
-    """Langevin steps of predictor_corrector, discrete_pc at each time."""
-    snr: float | None = None
-    """Signal-to-noise ratio of those steps."""
-    norm: str | None = None
-    """How those steps are scaled: image, batch or expected."""
-    noise_scale: float | None = None
-    """Factor on the predictor's noise."""
-    steps_per_level: int | None = None
-    """Langevin steps at each noise level (langevin)."""
-    step_ratio: float | None = None
-    """Size of those steps over the squared noise level (langevin)."""
-    denoise: bool | None = None
-    """End with the posterior mean of the data at time zero, one evaluation more. None: what a model
-    of images recommends (true unless its configuration says otherwise); false for latents."""
-    churn: float | None = None
-    """Total amount of noise that edm_churn adds."""
-    churn_min: float | None = None
-    """Lowest noise level sigma / m at which it adds noise."""
-    churn_max: float | None = None
-    """Highest noise level sigma / m at which it adds noise."""
-    churn_noise: float | None = None
-    """Standard deviation of the added noise relative to the exact one (edm_churn)."""
-    state_dtype: str | None = None
-    """Precision of the solver's state: float64 or float32."""
+
+
+@dataclass(frozen=True)
+class SolverOptions(SolverArguments, SamplerOptions):
+    """How a score-based prior or model is sampled.
+
+    Options that are None are the solver's own choice; one that the solver does not have is refused.
+    """
+
     temperature: float = 1.0
     """Standard deviation of the starting noise (in units of the prior's) and of latents outside the
     prior."""
@@ -121,25 +128,6 @@ class SolverOptions:
             raise ValueError(f"seed: must not be negative, not {self.seed}")
         if self.state_dtype not in (None, "float32", "float64"):
             raise ValueError(f"state_dtype: must be float32 or float64, not {self.state_dtype}")
-
-
-MODEL_ALPHA = "model"
-
-
-SOLVER_OPTIONS: dict[str, tuple[str, ...]] = {
-    "tolerance": ("rtol", "atol"),
-    "churn_noise": ("noise",),
-    **{
-        name: (name,)
-        for name in (
-            "order", "alpha", "corrector", "corrector_from", "variable", "variant",
-            "lower_order_final", "eta",
-            "predictor", "corrector_steps", "snr", "norm", "noise_scale", "steps_per_level",
-            "step_ratio", "denoise", "max_nfe", "churn", "churn_min", "churn_max", "state_dtype",
-        )
-    },
-}  # fmt: skip
-"""Option of the command line -> arguments of the solver."""
 
 
 def given_solver_options(options: SolverOptions) -> list[str]:
