@@ -131,6 +131,12 @@ class LinearSDE(ABC):
         return 0.5 * (1 + math.log(2 * math.pi * variance))
 
 
+MAX_BETA = 1000.0
+"""Largest beta(0) + beta(1): the mean coefficient at t = 1, ``exp(-MAX_BETA / 4)``, and its square
+are still numbers of float64.
+"""
+
+
 def _check_range(name: str, value: float, low: float, high: float) -> None:
     require(low <= value < high, f"{name}: must lie in [{low:g}, {high:g}), not {value}")
 
@@ -150,6 +156,11 @@ class _LinearBetaSDE(LinearSDE):
         require(
             0 <= self.beta_start <= self.beta_end,
             f"beta_start: must lie in [0, beta_end = {self.beta_end:g}], not {self.beta_start}",
+        )
+        require(
+            self.beta_start + self.beta_end <= MAX_BETA,
+            f"beta_end: beta_start + beta_end must be at most {MAX_BETA:g}, or nothing of the data "
+            f"is left at t = 1, not {self.beta_start + self.beta_end:g}",
         )
         _check_range("sigma2_0", self.sigma2_0, 0, 1)
         _check_range("time_eps", self.time_eps, 0, 1)

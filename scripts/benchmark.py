@@ -2,7 +2,8 @@
 """Measure. `train`: images/s, median seconds a step and peak memory of VAE and LSGM steps. `vae`: a
 VAE step against a plain build of the same network, its FLOP/s, and where its time goes. `joint`: a
 joint step against a step of each stage. `variance`: variance of both sides' gradients for every
-weighting and proposal. `few-step`: error of samplers at few evaluations, beside those of diffusers.
+weighting and proposal. `few-step`: error of samplers at few evaluations, beside those of diffusers;
+`few-step-images`: of score models of images, beside the published sampler too.
 """
 
 import sys

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import GaussianOracle
+from samplers import chosen_solver
 from state_model import StateModel
 
 from lsgm.commands.sample import SampleOptions
@@ -23,7 +24,6 @@ from lsgm.sampling.sampler import (
     NOT_ON_COMMAND_LINE,
     SOLVER_OPTIONS,
     SolverOptions,
-    build_sampler,
     solver_arguments,
 )
 from lsgm.sde import VPSDE
@@ -50,11 +50,6 @@ class OracleModel(StateModel):
             SDE, torch.tensor([[[0.5, 0.4], [0.3, 0.6]]]), torch.full((1, 2, 2), 0.01)
         )
         self.score = self.oracle.eps
-
-
-def chosen(model, options):
-    sampler = build_sampler(model, options)
-    return sampler.method, sampler.times
 
 
 def options(solver="heun", **values):
@@ -96,7 +91,7 @@ def test_options_reach_the_solver():
         "predictor": "ancestral", "corrector_steps": 3, "snr": 0.1, "norm": "expected",
         "noise_scale": 0.9, "denoise": True, "state_dtype": "float32",
     }  # fmt: skip
-    solver, times = chosen(
+    solver, times = chosen_solver(
         OracleModel(), options("predictor_corrector", nfe=50, grid="karras", t_end=0.01, **values)
     )
     expected = make_solver("predictor_corrector", **(values | {"state_dtype": torch.float32}))
@@ -105,7 +100,7 @@ def test_options_reach_the_solver():
     assert (times[0], times[-1]) == (1.0, 0.01)
     churn = solver_arguments("edm_churn", options(churn=3.0, churn_noise=1.01), None)
     assert churn == {"churn": 3.0, "noise": 1.01}
-    adaptive, times = chosen(OracleModel(), options("rk45", tolerance=1e-3))
+    adaptive, times = chosen_solver(OracleModel(), options("rk45", tolerance=1e-3))
     assert (adaptive.rtol, adaptive.atol, adaptive.backend) == (1e-3, 1e-3, "scipy")
     assert times.tolist() == [1.0, 1e-3]
 
@@ -114,16 +109,16 @@ def test_alpha_may_be_the_models():
     model = OracleModel()
     asking = options("normal_reference", alpha="model")
     with pytest.raises(UserError, match="no mixing"):
-        chosen(model, asking)
+        chosen_solver(model, asking)
 
     class Mixed(OracleModel):
         mixing = torch.tensor([0.25]).reshape(1, 1, 1, 1)
 
     model = Mixed()
-    assert chosen(model, asking)[0].alpha == (0.25,)
-    assert chosen(model, options("deis", alpha="0.5"))[0].alpha == 0.5
+    assert chosen_solver(model, asking)[0].alpha == (0.25,)
+    assert chosen_solver(model, options("deis", alpha="0.5"))[0].alpha == 0.5
     with pytest.raises(UserError, match="--alpha: 'half'"):
-        chosen(model, options("deis", alpha="half"))
+        chosen_solver(model, options("deis", alpha="half"))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +142,7 @@ def test_alpha_may_be_the_models():
 )
 def test_misfits_say_what_would_be_right(solver, values, message):
     with pytest.raises(UserError, match=message):
-        chosen(OracleModel(), options(solver, **values))
+        chosen_solver(OracleModel(), options(solver, **values))
 
 
 @pytest.mark.parametrize(
@@ -247,13 +242,13 @@ def test_a_pilot_grid_is_nearer_to_the_exact_flow():
     exact = model.oracle.flow(start, 1.0, 1e-3)
     errors = []
     for grid in (None, "pilot"):
-        solver, times = chosen(model, options("deis", nfe=5, grid=grid, alpha="1"))
+        solver, times = chosen_solver(model, options("deis", nfe=5, grid=grid, alpha="1"))
         solution = solver.solve(SDE, model.score, start, times)
         assert solution.nfe <= 5
         errors.append((solution.x - exact).square().mean().sqrt().item())
     assert errors[1] < 0.5 * errors[0]
     with pytest.raises(UserError, match="--solver ancestral"):
-        chosen(model, options("ancestral", grid="pilot"))
+        chosen_solver(model, options("ancestral", grid="pilot"))
 
 
 def test_a_model_s_own_sampler_is_the_default():
@@ -263,23 +258,23 @@ def test_a_model_s_own_sampler_is_the_default():
         "langevin", 33, "ladder", 0.25, {"steps_per_level": 4, "step_ratio": 0.3, "denoise": True}
     )
     with pytest.raises(UserError, match="ladder"):
-        chosen(model, SolverOptions())
+        chosen_solver(model, SolverOptions())
 
     class Ladder:
         times = make_grid("log_snr", SDE, 7, 0.25)
 
     model.ladder = Ladder()
-    solver, times = chosen(model, SolverOptions())
+    solver, times = chosen_solver(model, SolverOptions())
     assert torch.equal(times, Ladder.times)
     assert solver == make_solver("langevin", steps_per_level=4, step_ratio=0.3, denoise=True)
     drawn = draw_samples(model, 2, SolverOptions())
     assert (drawn.solver, drawn.nfe) == ("langevin", 33)
     # What is given wins; of what is recommended a named solver takes what it has.
-    named, again = chosen(model, SolverOptions(solver="langevin"))
+    named, again = chosen_solver(model, SolverOptions(solver="langevin"))
     assert named == solver and torch.equal(again, times)
-    solver, _ = chosen(model, SolverOptions(nfe=16, step_ratio=0.1))
+    solver, _ = chosen_solver(model, SolverOptions(nfe=16, step_ratio=0.1))
     assert (solver.steps_per_level, solver.step_ratio, solver.denoise) == (2, 0.1, True)
-    solver, times = chosen(model, SolverOptions(solver="heun"))
+    solver, times = chosen_solver(model, SolverOptions(solver="heun"))
     assert solver == make_solver("heun", denoise=True)
     assert (len(times), times[-1]) == (5, 0.25)  # 8 calls and the closing one
     # The ladder's levels are given: what cannot apply to them is refused, not ignored.
@@ -290,25 +285,25 @@ def test_a_model_s_own_sampler_is_the_default():
         ({"solver": "heun", "grid": "ladder", "nfe": 9}, "--nfe: .*takes 15 evaluations"),
     ):
         with pytest.raises(UserError, match=message):
-            chosen(model, SolverOptions(**values))
+            chosen_solver(model, SolverOptions(**values))
 
 
 def test_a_named_solver_takes_what_the_model_recommends_for_it():
     model = OracleModel()
     recommended = {"snr": 0.05, "norm": "batch", "denoise": True}
     model.defaults = SamplerDefaults("predictor_corrector", 40, "phi", 0.01, recommended)
-    own = chosen(model, SolverOptions())
-    named = chosen(model, SolverOptions(solver="predictor_corrector"))
+    own = chosen_solver(model, SolverOptions())
+    named = chosen_solver(model, SolverOptions(solver="predictor_corrector"))
     assert named[0] == own[0] and torch.equal(named[1], own[1])
     assert (named[0].snr, named[0].norm, named[0].denoise) == (0.05, "batch", True)
-    assert chosen(model, options("ancestral"))[0] == make_solver("ancestral", **recommended)
-    assert chosen(model, options("dopri5"))[0] == make_solver("dopri5", denoise=True)
-    assert not chosen(model, options("dopri5", denoise=False))[0].denoise
+    assert chosen_solver(model, options("ancestral"))[0] == make_solver("ancestral", **recommended)
+    assert chosen_solver(model, options("dopri5"))[0] == make_solver("dopri5", denoise=True)
+    assert not chosen_solver(model, options("dopri5", denoise=False))[0].denoise
 
 
 def test_latents_are_not_denoised_unless_asked():
     model = OracleModel()  # recommends nothing, as an LSGM
-    assert not chosen(model, SolverOptions())[0].denoise
+    assert not chosen_solver(model, SolverOptions())[0].denoise
     plain = draw_samples(model, 3, options("heun"))
     closed = draw_samples(model, 3, options("heun", denoise=True))
     assert plain.nfe == 10 and closed.nfe == 9  # four steps and the closing call

@@ -146,7 +146,8 @@ def test_callback_sees_every_step(name):
         assert seen[0].total is None
     else:
         assert {p.total for p in seen} == {len(seen)}
-        assert seen[-1].t == 1e-3
+        # the chain of ddpm has the level nearest to it
+        assert seen[-1].t == pytest.approx(1e-3, rel=2e-3 if name == "ddpm" else 0)
     assert seen[-1].x.shape == (3, 2)
 
 

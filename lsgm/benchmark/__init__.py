@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from lsgm.benchmark.few_step import few_step_command
+from lsgm.benchmark.few_step_images import few_step_images_command
 from lsgm.benchmark.joint import joint_command
 from lsgm.benchmark.training import train_command
 from lsgm.benchmark.vae import vae_command
@@ -14,6 +15,7 @@ __all__ = ["COMMANDS"]
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "few-step": few_step_command,
+    "few-step-images": few_step_images_command,
     "joint": joint_command,
     "train": train_command,
     "vae": vae_command,

@@ -112,6 +112,9 @@ class PriorNetworkConfig:
     """Resolutions inside the network; each halves the previous one."""
     channel_mult: tuple[int, ...] | None = None
     """Width multiplier of each resolution, finest first. None: 1 everywhere."""
+    widths: tuple[int, ...] | None = None
+    """Width of each resolution in channels, finest first, where it is no multiple. None: by
+    channel_mult."""
     num_cells_per_scale: int = 2
     """Residual blocks per resolution."""
     embedding_dim: int = 128
@@ -143,6 +146,12 @@ class PriorNetworkConfig:
     """Divide the sum of every block by sqrt(2). DDPM: false."""
     norm_groups: int | None = None
     """Groups of every normalisation, DDPM: 32. None: a quarter of the width, at most 32."""
+    up_attention: Literal["level", "block"] = "level"
+    """Self-attention of the decoder: once a level, as in score-SDE's networks; or after every block
+    (2006.11239)."""
+    group_rule: Literal["width", "diffusers"] = "width"
+    """norm_groups None: diffusers: at levels with attention and less than 128 channels that
+    package's other numbers of groups."""
 
     def __post_init__(self) -> None:
         require_positive(
@@ -157,6 +166,12 @@ class PriorNetworkConfig:
             mult is None or (len(mult) >= self.num_scales and min(mult) > 0),
             f"channel_mult: needs at least {self.num_scales} positive values (num_scales), "
             f"not {mult and list(mult)}",
+        )
+        widths = self.widths
+        require(
+            widths is None or (mult is None and len(widths) == self.num_scales and min(widths) > 0),
+            f"widths: needs {self.num_scales} positive values (num_scales) and no channel_mult, "
+            f"not {widths and list(widths)}",
         )
 
 
@@ -401,6 +416,11 @@ class SamplerConfig:
     """predictor_corrector: norms that scale the corrector's step: image, each image's own, so that
     an image does not depend on its batch; batch, their means over the batch (as published);
     expected."""
+    clip: bool = True
+    """ddpm: clip the image that each step predicts to the range of pixels."""
+    variance: Literal["small", "large"] = "small"
+    """ddpm: variance of a step, that of the exact posterior or the chain's beta (2006.11239,
+    section 3.2)."""
     start: Literal["prior", "uniform"] = "prior"
     """langevin: noise to start from: the largest level's, or uniform over the data range (as
     published for NCSN). Other solvers start from the prior."""
@@ -421,6 +441,10 @@ class SamplerConfig:
         require(
             self.norm in ("image", "batch", "expected"),
             f"norm: must be image, batch or expected, not {self.norm}",
+        )
+        require(
+            self.variance in ("small", "large"),
+            f"variance: must be small or large, not {self.variance}",
         )
         require(
             self.start in ("prior", "uniform"),

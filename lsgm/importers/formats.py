@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lsgm.errors import UserError
+from lsgm.importers.diffusers_folder import import_diffusers
+from lsgm.importers.diffusers_reading import is_diffusers
+from lsgm.importers.ncsn_checkpoints import import_ncsn, import_ncsnv2, is_ncsn, is_ncsnv2
+from lsgm.importers.parts import import_parts, is_parts
 from lsgm.importers.reading import read_checkpoint
 from lsgm.importers.runs import ImportedRun, import_official_lsgm
 from lsgm.importers.score_sde import import_score_sde, is_score_sde
@@ -40,6 +44,10 @@ def _is_official_lsgm(contents: Any) -> bool:
 IMPORTERS: dict[str, Importer] = {
     "official-lsgm": Importer(import_official_lsgm, _is_official_lsgm),
     "score-sde": Importer(import_score_sde, is_score_sde, takes_config=True),
+    "ncsn": Importer(import_ncsn, is_ncsn, takes_config=True),
+    "ncsnv2": Importer(import_ncsnv2, is_ncsnv2, takes_config=True),
+    "exported-lsgm": Importer(import_parts, is_parts),
+    "diffusers": Importer(import_diffusers, is_diffusers),
 }
 """Importers by the name of the format; a new one is one function and its line here."""
 

@@ -74,7 +74,7 @@ class ImportedRun:
         dataset: Published name of the dataset.
         parameters: Number of trainable values.
         weights: Which weights of the VAE (``"vae"``), the prior (``"lsgm"``) or the score model
-            were taken.
+            were taken; ``"released"``: a file's only ones.
         steps: Optimizer steps behind them, or None where the file does not say.
         said: What else there is to say, such as how a configuration was found.
         sha256: Hash of the file.
@@ -84,15 +84,17 @@ class ImportedRun:
     kind: str
     dataset: str
     parameters: int
-    weights: Weights
+    weights: Weights | Literal["released"]
     steps: int | None
     said: str = ""
     sha256: str = ""
 
     def __str__(self) -> str:
         trained = "" if self.steps is None else f", {self.steps} steps of training"
-        which = {"raw": "last weights", "ema": "averaged weights"}[self.weights]
-        of = " of the prior, last of the VAE" if self.kind == LSGM.kind else ""
+        names = {"raw": "last weights", "ema": "averaged weights", "released": "released weights"}
+        which = names[self.weights]
+        two = self.kind == LSGM.kind and self.weights != "released"
+        of = " of the prior, last of the VAE" if two else ""
         return (
             f"{self.path}: {self.kind} of {self.dataset}, {self.parameters:,} parameters, "
             f"{which}{of}{trained}{self.said and '; '}{self.said}"

@@ -9,30 +9,31 @@ weights.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lsgm.config.command_line import save_config
-from lsgm.config.training import DataConfig, NCSNTrainConfig
-from lsgm.data.spec import DataSpec
+from lsgm.config.training import NCSNTrainConfig
 from lsgm.errors import UserError
 from lsgm.importers.official_prior import network_weights
 from lsgm.importers.reading import read_checkpoint
-from lsgm.importers.refinenet_names import ncsnv2_weights
-from lsgm.importers.runs import OWN_SPECS, ImportedRun, Weights
+from lsgm.importers.refinenet_names import refinenet_weights
+from lsgm.importers.runs import ImportedRun, Weights
+from lsgm.importers.score_runs import (
+    check_weights,
+    few,
+    meta_model,
+    put_weights,
+    size_of,
+    write_run,
+)
 from lsgm.importers.score_sde_configs import choose_config
-from lsgm.models.images import DataSGM, build_data_model
-from lsgm.models.release import save
+from lsgm.models.images import DataSGM
 from lsgm.networks.data_score import DataScore
 from lsgm.networks.ncsn import NCSN
-from lsgm.networks.resample import restore_filters
 from lsgm.sde import VESDE
-from lsgm.system.files import RunFolder
-from lsgm.system.integrity import file_sha256
 
 __all__ = [
     "ScoreSDECheckpoint",
@@ -94,14 +95,14 @@ def read_score_sde(path: str | Path) -> ScoreSDECheckpoint:
         )
     if not isinstance(raw.get("model"), Mapping):
         raise UserError(
-            f"checkpoint {path}: has no 'model'; its keys are {_few(map(str, raw))}. FORMAT auto "
+            f"checkpoint {path}: has no 'model'; its keys are {few(map(str, raw))}. FORMAT auto "
             "finds out what it is"
         )
     named = {str(name): value for name, value in raw["model"].items()}
     if not is_score_sde(raw):
         raise UserError(
             f"checkpoint {path}: its weights are no network of score-SDE; they begin with "
-            f"{_few(named)}"
+            f"{few(named)}"
         )
     prefixed = [name.startswith(PREFIX) for name in named]
     if any(prefixed) and not all(prefixed):
@@ -138,8 +139,8 @@ def _averaged(path: Path, state: Mapping[str, Tensor], ema: Any) -> dict[str, Te
     for name, average in zip(trained, shadow, strict=True):
         if average.shape != state[name].shape:
             raise UserError(
-                f"checkpoint {path}: the average of {name} is {_size(average)}, not "
-                f"{_size(state[name])}; import the last weights with --weights raw"
+                f"checkpoint {path}: the average of {name} is {size_of(average)}, not "
+                f"{size_of(state[name])}; import the last weights with --weights raw"
             )
     return dict(state) | dict(zip(trained, shadow, strict=True))
 
@@ -160,14 +161,7 @@ def load_score_sde(
             "--weights raw"
         )
     model, state = _fitted(checkpoint, config, (checkpoint.ema or {}) if weights == "ema" else None)
-    if bad := [name for name, value in state.items() if not bool(value.isfinite().all())]:
-        raise UserError(
-            f"checkpoint {path}: {len(bad)} of its tensors hold NaN or infinity, {bad[0]} the "
-            "first; the training had failed, take an earlier checkpoint"
-        )
-    model.score.load_state_dict(state, assign=True)
-    restore_filters(model.score)
-    return model.eval()
+    return put_weights(model, state, path)
 
 
 def _fitted(
@@ -180,33 +174,23 @@ def _fitted(
     Raises:
         UserError: They do not fit each other.
     """
-    path = checkpoint.path
-    with torch.device("meta"):
-        model = build_data_model(config.kind, config.score, config.sampler, _spec(config.data))
+    model = meta_model(config)
     _check_levels(checkpoint, model)
     left = dict(checkpoint.state if published is None else published)
+    said = f"checkpoint {checkpoint.path}: does not fit {config.name}"
     try:
         state = _our_weights(model, left)
     except ValueError as error:
-        raise UserError(f"checkpoint {path}: does not fit {config.name}: {error}") from error
-    _check_shapes(path, config, model.score, state, left)
+        raise UserError(f"{said}: {error}") from error
+    hint = "without --config the right one is looked for"
+    check_weights(model, state, left, said, hint)
     return model, state
-
-
-def _spec(data: DataConfig) -> DataSpec:
-    own = OWN_SPECS.get(data.name)
-    if own is not None:
-        return replace(own, flip=own.flip if data.flip is None else data.flip)
-    if data.image_size is None or data.channels is None:
-        raise UserError("data: image_size and channels have to be known to import a checkpoint")
-    flip = True if data.flip is None else data.flip
-    return DataSpec("folder", data.channels, data.image_size, 0, binary=False, flip=flip)
 
 
 def _our_weights(model: DataSGM, published: dict[str, Tensor]) -> dict[str, Tensor]:
     """Published weights under our names; what is left in ``published`` belongs nowhere."""
     if isinstance(model.score, NCSN):
-        return ncsnv2_weights(model.score, published)
+        return refinenet_weights(model.score, published)
     assert isinstance(model.score, DataScore)
     network: Any = model.score.network
     state = {}
@@ -221,29 +205,6 @@ def _our_weights(model: DataSGM, published: dict[str, Tensor]) -> dict[str, Tens
         last = [n for n in state if n.endswith(("head.conv.weight", "head.conv.bias"))]
         state |= {name: -state[name] for name in last}
     return {f"network.{name}": value for name, value in state.items()}
-
-
-def _check_shapes(
-    path: Path,
-    config: NCSNTrainConfig,
-    score: nn.Module,
-    state: Mapping[str, Tensor],
-    left: Mapping[str, Tensor],
-) -> None:
-    expected = score.state_dict()
-    problems = [f"{name} is missing" for name in expected if name not in state]
-    problems += [f"{name} is unknown" for name in left]
-    problems += [f"{name} is unknown" for name in state if name not in expected]
-    problems += [
-        f"{name} is {_size(value)}, not {_size(expected[name])}"
-        for name, value in state.items()
-        if name in expected and value.shape != expected[name].shape
-    ]
-    if problems:
-        raise UserError(
-            f"checkpoint {path}: does not fit {config.name}: {_few(problems, '; ')}; without "
-            "--config the right one is looked for"
-        )
 
 
 def _check_levels(checkpoint: ScoreSDECheckpoint, model: DataSGM) -> None:
@@ -263,16 +224,6 @@ def _check_levels(checkpoint: ScoreSDECheckpoint, model: DataSGM) -> None:
             f"checkpoint {checkpoint.path}: has {len(checkpoint.sigmas)} noise levels, the "
             f"configuration {levels.num_levels}; choose another --config"
         )
-
-
-def _few(items: Any, between: str = ", ") -> str:
-    items = list(items)
-    more = f" and {len(items) - 3} more" if len(items) > 3 else ""
-    return between.join(items[:3]) + more
-
-
-def _size(value: Tensor) -> str:
-    return " x ".join(map(str, value.shape)) or "a number"
 
 
 def import_score_sde(
@@ -306,27 +257,13 @@ def import_score_sde(
     choice = choose_config(checkpoint.path, checkpoint.state, fits, config)
     chosen: Weights = weights or "ema"
     model = load_score_sde(checkpoint, choice.config, chosen)
-    sha256 = file_sha256(checkpoint.path)
-    run = RunFolder.create(out)
-    notes = {
-        "steps": checkpoint.steps,
-        "imported": {
-            "file": checkpoint.path.name,
-            "sha256": sha256,
-            "weights": chosen,
-            "config": choice.name,
-        },
-    }
-    save_config(replace(choice.config, name=run.path.name), run.config)
-    save(model, run.path, choice.config.data, notes)
-    size = sum(p.numel() for p in model.parameters())
-    return ImportedRun(
-        run.path,
-        model.kind,
-        model.spec.name,
-        size,
+    return write_run(
+        model,
+        choice.config,
+        out,
+        checkpoint.path,
         chosen,
         checkpoint.steps,
         choice.said,
-        sha256,
+        named=choice.name,
     )

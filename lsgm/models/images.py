@@ -173,7 +173,8 @@ class DataSGM(DiffusionModel):
         given, is_ncsn = self.sampler_config, self.ladder is not None
         solver = given.solver or ("langevin" if is_ncsn else "predictor_corrector")
         nfe = given.nfe or 200
-        options: dict[str, Any] = {"snr": given.snr, "norm": given.norm, "denoise": given.denoise}
+        names = ("snr", "norm", "denoise", "clip", "variance")
+        options: dict[str, Any] = {name: getattr(given, name) for name in names}
         if given.predictor is not None:
             options["predictor"] = None if given.predictor == "none" else given.predictor
         if given.corrector_steps is not None:

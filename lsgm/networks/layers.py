@@ -132,6 +132,7 @@ class ResidualBlock(nn.Module):
         dropout: probability (drawn from torch's global generator, as every dropout).
         resample: doubles or halves the resolution; ``None`` keeps it.
         style: groups, scale of the sum, initialisation of the shortcut.
+        groups_in: of the first normalisation, if not those of the style.
     """
 
     def __init__(
@@ -142,10 +143,11 @@ class ResidualBlock(nn.Module):
         dropout: float = 0.0,
         resample: nn.Module | None = None,
         style: BlockStyle = NCSNPP_STYLE,
+        groups_in: int | None = None,
     ) -> None:
         super().__init__()
         self.style = style
-        self.norm_in = GroupNormSiLU(in_channels, style.groups)
+        self.norm_in = GroupNormSiLU(in_channels, groups_in or style.groups)
         self.resample = resample
         self.conv_in = conv(in_channels, out_channels)
         self.time = linear(time_width, out_channels) if time_width else None

@@ -7,7 +7,7 @@ not divided by ``sigma`` and it is conditioned on ``t``, not on ``ln sigma``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,11 @@ from lsgm.networks.resample import make_conv_resampler, make_resampler
 
 __all__ = [
     "BLOCKS",
+    "GROUP_RULES",
     "PROGRESSIVE",
     "PROGRESSIVE_COMBINE",
     "PROGRESSIVE_INPUT",
+    "UP_ATTENTION",
     "ConvStep",
     "DownLevel",
     "NCSNpp",
@@ -39,6 +41,8 @@ PROGRESSIVE = ("none", "output_skip", "residual")
 PROGRESSIVE_INPUT = ("none", "input_skip", "residual")
 PROGRESSIVE_COMBINE = ("sum", "cat")
 BLOCKS = ("biggan", "ddpm")
+UP_ATTENTION = ("level", "block")
+GROUP_RULES = ("width", "diffusers")
 
 
 @dataclass
@@ -177,16 +181,20 @@ class UpLevel(nn.Module):
         attention: AttentionBlock | None,
         pyramid: nn.Module | None,
         upsample: nn.Module | None,
+        attentions: Sequence[AttentionBlock] = (),
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.attention = attention
+        self.attentions = nn.ModuleList(attentions)
         self.pyramid = pyramid
         self.upsample = upsample
 
     def forward(self, state: _State) -> None:
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
             state.h = block(torch.cat([state.h, state.skips.pop()], dim=1), state.time)
+            if self.attentions:
+                state.h = self.attentions[i](state.h)
         if self.attention is not None:
             state.h = self.attention(state.h)
         if self.pyramid is not None:
@@ -205,6 +213,7 @@ class NCSNpp(nn.Module):
         num_scales: number of resolutions.
         channel_mult: width of each level over ``num_channels``; ``None`` is one everywhere; a
             longer tuple is cut.
+        widths: width of each level itself, in place of ``channel_mult``.
         num_cells_per_scale: residual blocks a level (the decoder has one more).
         embedding_dim: size of the time features.
         embedding_width: size of the time embedding; ``None`` is ``4 embedding_dim``. Score-SDE
@@ -224,6 +233,10 @@ class NCSNpp(nn.Module):
             shortcuts start small (arXiv 2006.11239 appendix B).
         rescale: divide the sum of every block by ``sqrt(2)``; DDPM does not.
         norm_groups: of every normalisation, 32 in DDPM; ``None``: by its width.
+        up_attention: attention of the decoder, ``"level"``: once, after a level's blocks;
+            ``"block"``: after each of them, as in the first DDPM.
+        group_rule: ``"diffusers"``: the groups of that package, which at levels with attention and
+            less than 128 channels are others (32 before attention).
 
     Raises:
         ValueError: an unknown option or sizes that do not fit.
@@ -253,16 +266,25 @@ class NCSNpp(nn.Module):
         block: str = "biggan",
         rescale: bool = True,
         norm_groups: int | None = None,
+        up_attention: str = "level",
+        group_rule: str = "width",
+        widths: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        if block not in BLOCKS:
-            raise ValueError(f"unknown block {block!r}; known: {', '.join(BLOCKS)}")
         mult = (1,) * num_scales if channel_mult is None else tuple(channel_mult)[:num_scales]
         _check_options(
-            resolution, num_scales, mult, progressive, progressive_input, progressive_combine
+            resolution,
+            num_scales,
+            mult,
+            ("progressive", progressive, PROGRESSIVE),
+            ("progressive_input", progressive_input, PROGRESSIVE_INPUT),
+            ("progressive_combine", progressive_combine, PROGRESSIVE_COMBINE),
+            ("block", block, BLOCKS),
+            ("up_attention", up_attention, UP_ATTENTION),
+            ("group_rule", group_rule, GROUP_RULES),
         )
         self.channels, self.resolution = channels, resolution
-        widths = [num_channels * m for m in mult]
+        widths = [num_channels * m for m in mult] if widths is None else list(widths)
         sides = [resolution >> i for i in range(num_scales)]
         self.embedding = TimeEmbedding(
             embedding_dim, embedding_type, embedding_scale, embedding_width
@@ -277,11 +299,22 @@ class NCSNpp(nn.Module):
         learned = block == "ddpm"
         style = BlockStyle(norm_groups, rescale, shortcut_scale=0.1 if learned else 1.0)
         _check_groups(norm_groups, widths)
+        others = group_rule == "diffusers" and norm_groups is None
+        level_style = replace(style, groups=32) if others else style
+        if others:
+            _check_groups(
+                32, [w for w, s in zip(widths, sides, strict=True) if s in attention_resolutions]
+            )
 
         def unit(
-            in_channels: int, out_channels: int, resample: nn.Module | None = None
+            in_channels: int,
+            out_channels: int,
+            resample: nn.Module | None = None,
+            groups_in: int | None = None,
         ) -> ResidualBlock:
-            return ResidualBlock(in_channels, out_channels, time_width, dropout, resample, style)
+            return ResidualBlock(
+                in_channels, out_channels, time_width, dropout, resample, style, groups_in
+            )
 
         def step(width: int, direction: str) -> nn.Module:
             if learned:
@@ -299,7 +332,7 @@ class NCSNpp(nn.Module):
                 width = level_width
                 skip_widths.append(width)
             attends = side in attention_resolutions
-            attentions = [AttentionBlock(width, style) for _ in blocks if attends]
+            attentions = [AttentionBlock(width, level_style) for _ in blocks if attends]
             downsample: nn.Module | None = None
             pyramid: nn.Module | None = None
             if level < num_scales - 1:
@@ -319,12 +352,16 @@ class NCSNpp(nn.Module):
 
         self.up = nn.ModuleList()
         for level, level_width in reversed(list(enumerate(widths))):
-            blocks = []
+            blocks, attends = [], sides[level] in attention_resolutions
             for _ in range(num_cells_per_scale + 1):
-                blocks.append(unit(width + skip_widths.pop(), level_width))
+                skip = skip_widths.pop()
+                # the package's own count of an attention level's groups
+                groups_in = min(width + skip // 4, 32) if others and attends else None
+                blocks.append(unit(width + skip, level_width, groups_in=groups_in))
                 width = level_width
-            attends = sides[level] in attention_resolutions
-            attention = AttentionBlock(width, style) if attends else None
+            once = attends and up_attention == "level"
+            attention = AttentionBlock(width, level_style) if once else None
+            each = [AttentionBlock(width, level_style) for _ in blocks if attends and not once]
             lowest = level == num_scales - 1
             pyramid = None
             if progressive == "output_skip":
@@ -335,7 +372,7 @@ class NCSNpp(nn.Module):
                 pyramid = OutputResidual(pyramid_width, width, fir)
             pyramid_width = width
             upsample = step(width, "up") if level else None
-            self.up.append(UpLevel(blocks, attention, pyramid, upsample))
+            self.up.append(UpLevel(blocks, attention, pyramid, upsample, each))
         self.head = (
             None
             if progressive == "output_skip"
@@ -377,9 +414,7 @@ def _check_options(
     resolution: int,
     num_scales: int,
     mult: tuple[int, ...],
-    progressive: str,
-    progressive_input: str,
-    combine: str,
+    *options: tuple[str, str, tuple[str, ...]],
 ) -> None:
     if num_scales < 1 or resolution % (1 << (num_scales - 1)):
         raise ValueError(
@@ -389,10 +424,6 @@ def _check_options(
         raise ValueError(
             f"channel_mult {mult} must have at least num_scales = {num_scales} entries"
         )
-    for name, value, known in (
-        ("progressive", progressive, PROGRESSIVE),
-        ("progressive_input", progressive_input, PROGRESSIVE_INPUT),
-        ("progressive_combine", combine, PROGRESSIVE_COMBINE),
-    ):
+    for name, value, known in options:
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")

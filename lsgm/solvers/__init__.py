@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from lsgm.solvers.base import Callback, EpsFn, Hook, Progress, Solution, Solver
+from lsgm.solvers.ddpm import DDPM
 from lsgm.solvers.discrete import DiscretePredictorCorrector
 from lsgm.solvers.exponential import DDIM, DPMSolverPP, UniPC
 from lsgm.solvers.grids import GRIDS, make_grid, times_of_noise_levels
@@ -24,6 +25,7 @@ from lsgm.solvers.stochastic import EDMChurn, SDEDPMSolverPP
 
 __all__ = [
     "DDIM",
+    "DDPM",
     "GRIDS",
     "SOLVERS",
     "AdaptiveODE",
@@ -57,6 +59,7 @@ __all__ = [
 SOLVERS: dict[str, Callable[..., Solver]] = {
     "ancestral": partial(PredictorCorrector, predictor="ancestral"),
     "ddim": DDIM,
+    "ddpm": DDPM,
     "deis": partial(NormalReference, alpha=1.0, order=3),
     "discrete_pc": DiscretePredictorCorrector,
     "dopri5": AdaptiveODE,

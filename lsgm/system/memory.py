@@ -64,7 +64,8 @@ def build_within_memory(build: Callable[[], M], what: str) -> M:
         what: The section of the configuration, for the message.
 
     Raises:
-        UserError: The network has more weights than memory holds, or too many layers.
+        UserError: The network refuses its arguments, has more weights than memory holds, or too
+            many layers.
     """
     tally = _Tally(physical_memory())
     hooks: list[Any] = [
@@ -76,6 +77,8 @@ def build_within_memory(build: Callable[[], M], what: str) -> M:
             build()
     except _TooLarge as error:
         raise UserError(f"{what}: the network is too large: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{what}: {error}") from error
     except (RuntimeError, OverflowError, TypeError) as error:
         if "overflow" not in str(error).lower():
             raise
