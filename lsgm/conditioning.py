@@ -15,6 +15,17 @@ of the result the conditional one in the limit of small last noise and many step
 that is ``eps - sigma grad ln p(y | x_t)`` (ibid. eq. 14, arXiv 2105.05233 algorithm 2). With a
 network that takes the class, :func:`classifier_free` extrapolates from its unconditional to its
 conditional prediction (arXiv 2207.12598).
+
+>>> from lsgm.conditioning import ProjectionInpainting, mask_projector
+>>> from lsgm.sde import VPSDE
+>>> from lsgm.solvers import make_grid, make_solver
+>>> sde, rng = VPSDE(), torch.Generator().manual_seed(0)
+>>> mask = torch.tensor([True, False])  # the first of two values is known
+>>> hook = ProjectionInpainting(sde, torch.full((3, 2), 0.5), mask_projector(mask))
+>>> start, times = sde.prior_sample((3, 2), rng), make_grid("time", sde, 20, 1e-3)
+>>> x = make_solver("ancestral").solve(sde, sde.normal_component, start, times, rng, [hook]).x
+>>> x[:, 0]
+tensor([0.5000, 0.5000, 0.5000])
 """
 
 from __future__ import annotations
@@ -91,7 +102,7 @@ class ProjectionInpainting(Hook):
     """Hold the part ``P x_0`` of the result that is known: with the noise of each time on the way,
     exactly in the result.
 
-    Arguments:
+    Args:
         sde: The SDE that the solver runs.
         known: ``(B, *shape)``; only its projection matters.
         projector: The orthogonal projector ``P``.
@@ -117,7 +128,7 @@ class ProjectionInpainting(Hook):
 class ClassifierGuidance(Hook):
     """Steer towards what a noise-conditional classifier sees.
 
-    Arguments:
+    Args:
         sde: The SDE that the solver runs.
         log_prob: ``x_t (B, *shape), t (B,)`` -> ``ln p(y | x_t) (B,)`` of the wanted ``y``, in
             nats, differentiable in ``x_t``; rows must not depend on each other.
@@ -153,7 +164,7 @@ def classifier_free(eps_fn: ConditionalEpsFn, labels: Tensor, scale: float = 1.0
     ``scale`` is 1 for the conditional law and 0 for the unconditional one, each at one evaluation;
     others take two, which the solver counts as one call (``1 + w`` in arXiv 2207.12598 eq. 6).
 
-    Arguments:
+    Args:
         eps_fn: The conditional network.
         labels: The wanted class of each row ``(B,)``, int64.
         scale: Strength of the guidance.

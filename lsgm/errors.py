@@ -14,8 +14,8 @@ class UserError(Exception):
     """A mistake of the person at the command line: what is wrong, where, and what would be right.
 
     The message is one line. Library code raises ``ValueError`` for what a caller can cause; this
-    class is for what
-    arrives from outside: command lines, configuration files, data files, run folders.
+    class is for what arrives from outside: command lines, configuration files, data files, run
+    folders.
     """
 
 

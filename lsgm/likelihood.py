@@ -12,6 +12,13 @@ With Hutchinson's estimate of ``div v`` and fixed probes the log-density is unbi
 (a NELBO) are right. Its exponential is not: ``E exp(log p + noise) > p``, and an importance-
 weighted "bound" made of it comes out below the true negative log-likelihood.
 :meth:`OdeLogDensity.exact` gives log-densities for that use, and refuses estimated ones.
+
+>>> from lsgm.likelihood import ode_log_density
+>>> from lsgm.sde import VPSDE
+>>> sde, z0 = VPSDE(), torch.tensor([[0.0, 0.0], [1.0, -2.0]])
+>>> found = ode_log_density(sde, sde.normal_component, z0)  # the score of N(0, I)
+>>> torch.allclose(found.log_prob, sde.prior_log_prob(z0.double()), atol=1e-4)
+True
 """
 
 from __future__ import annotations
@@ -96,7 +103,7 @@ def ode_log_density(
     t_end]``. State and log-density form one system with one error norm over the whole batch, so
     results depend on the batch within the tolerance.
 
-    Arguments:
+    Args:
         sde: The forward SDE.
         eps_fn: The noise prediction, called in the dtype of ``z0``; must act on each image by
             itself.

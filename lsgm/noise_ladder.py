@@ -5,6 +5,13 @@ exploding SDE with ``m = 1`` and ``var = sigma_L^2 (sigma_1 / sigma_L)^(2 t)`` i
 in time, ``t_i = 1 - (i - 1) / (L - 1)``, so solvers and objectives that know only SDEs serve it.
 Indices here start at 0, the largest level. ``sigma`` is in the units of the data that the network
 sees: images in [-1, 1] need twice the ``sigma`` of the papers, whose images lie in [0, 1].
+
+>>> from lsgm.noise_ladder import NoiseLadder, select_step
+>>> ladder = NoiseLadder.for_data(sigma_max=50.0, sigma_min=0.01, dimension=3 * 32 * 32)
+>>> ladder.num_levels, round(ladder.ratio, 3)
+(219, 1.04)
+>>> round(select_step(ladder, steps_per_level=5).variance, 2)  # of a level's noise, ideally 1
+1.06
 """
 
 from __future__ import annotations

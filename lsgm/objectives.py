@@ -1,5 +1,5 @@
-"""Objectives of the latent prior: one scalar whose gradient is right for each side (2106.05931,
-Sec. 3.2 and Alg. 1-3).
+r"""Objectives of the latent prior: one scalar whose gradient is right for prior and VAE alike
+(arXiv 2106.05931 section 3.2 and algorithms 1-3).
 
 With ``z_t = m(t) z_0 + sigma(t) eps`` every objective of the paper is an expectation of a weighted
 squared error
@@ -7,21 +7,43 @@ squared error
     E_{t, eps} [ w(t) / density(t) * || eps_hat(z_t, t) - eps ||^2 ].
 
 Two of them are needed at each step: the *prior's* (weighting ``w_p``), which trains the parameters
-of ``eps_hat``, and the *VAE's* cross-entropy (always the likelihood weighting ``w_q = g^2 / (2
-sigma^2)``), which trains the encoder through ``z_0``. They are not the same function, so a plain
-sum would send the wrong gradient to each side. The functions here return a scalar for which one
-ordinary ``backward()`` is exactly right for both:
+of ``eps_hat``, and the *VAE's* cross-entropy (always the likelihood weighting
+``w_q = g^2 / (2 sigma^2)``), which trains the encoder through ``z_0``. They are not the same
+function, so the gradient of a plain sum would be wrong for both. The functions here return a scalar
+for which one ordinary ``backward()`` is exactly right for both:
 
 * where the VAE's weights are one number per image, both objectives scale the same residual, and the
-gradient that leaves the
-  prior's input is rescaled by ``w_q / w_p`` (:func:`scale_gradient`): no extra network evaluation;
+  gradient that leaves the prior's input is rescaled by ``w_q / w_p`` (:func:`scale_gradient`): no
+  extra network evaluation;
 * otherwise the VAE's gradient with respect to ``z_0`` is computed first and injected
-(:func:`inject_gradient`).
+  (:func:`inject_gradient`).
 
 A mixed-Normal prior is nearly N(0, I), and the cross-entropy to N(0, I) is known in closed form.
 Its one-sample estimate from the same noise and time is therefore an excellent control variate
-(:class:`NormalReference`): what is left to estimate is the difference that the network makes, of
-the order of the mixing coefficient. It leaves every expectation as it is.
+(:class:`NormalControlVariate`): what is left to estimate is the difference that the network makes,
+of the order of the mixing coefficient. It leaves every expectation as it is.
+
+>>> from lsgm.objectives import NormalControlVariate, prior_losses
+>>> from lsgm.sde import VPSDE
+>>> from lsgm.times import make_proposal
+>>> from lsgm.weighting import make_weighting
+>>> sde, likelihood = VPSDE(), make_weighting("likelihood")
+>>> z0 = torch.randn(512, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+>>> losses = prior_losses(
+...     sde,
+...     sde.normal_component,  # the best noise prediction for latents from N(0, I)
+...     z0,
+...     weighting_p=likelihood,
+...     proposal_p=make_proposal("importance", sde, likelihood),
+...     likelihood=likelihood,
+...     control_variate=NormalControlVariate.of(sde),
+...     rng=torch.Generator().manual_seed(1),
+... )
+>>> losses.surrogate.backward()  # for the encoder, through z0, and for the prior's parameters
+>>> tuple(z0.grad.shape)
+(512, 3)
+>>> round(losses.cross_entropy.mean().item(), 1)  # exactly (1 + ln(2 pi)) / 2 = 1.42 nats a value
+1.4
 """
 
 from __future__ import annotations
@@ -43,7 +65,7 @@ from vae.random import Rng, randn
 
 __all__ = [
     "CrossEntropy",
-    "NormalReference",
+    "NormalControlVariate",
     "PriorLosses",
     "denoising_score_matching",
     "endpoint_cross_entropy",
@@ -87,26 +109,42 @@ def inject_gradient(x: Tensor, gradient: Tensor) -> Tensor:
 def denoising_score_matching(
     sde: LinearSDE, eps_fn: EpsFn, x0: Tensor, t: Tensor, eps: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Squared error of the noise prediction, per element.
+    """Squared error of the noise prediction, per element (arXiv 2011.13456 eq. 7).
 
-    ``x0``, ``eps``: ``(B, *shape)``; ``t``: ``(B,)``. Returns ``(x_t, error)``, both ``(B,
-    *shape)``; 2011.13456, eq. 7.
+    Args:
+        sde: The forward SDE.
+        eps_fn: The noise prediction.
+        x0: Data, ``(B, *shape)``.
+        t: Times, ``(B,)``.
+        eps: Noise, ``(B, *shape)``.
+
+    Returns:
+        ``x_t`` and ``(eps_fn(x_t, t) - eps)^2``, both ``(B, *shape)``.
     """
     x_t = sde.perturb(x0, t, eps)
     return x_t, (eps_fn(x_t, t).float() - eps).square()
 
 
 def endpoint_cross_entropy(sde: LinearSDE, x0: Tensor) -> Tensor:
-    """The two ends of the variational bound that the integral over ``[time_eps, 1]`` leaves out, in
-    nats; ``(B,)``.
+    r"""The two ends of the variational bound that the integral over ``[t_min, 1]`` leaves out.
 
-    * ``-log p(x_0 | x_eps)`` in expectation over ``x_eps``, with the decoder ``N(m x_eps / (m^2 +
-    v), v / (m^2 + v))``, which is
-      the exact posterior for data from N(0, I). With unit second moment of ``x_0`` and ``m^2 + v =
-      1`` this is the constant ``(1 + ln(2 pi v)) / 2`` per element that the paper uses (eq. 8); in
-      general only this form gives a bound.
+    With ``x_eps`` the state at ``t_min``, and ``m``, ``v`` the kernel's moments there:
+
+    * ``-log p(x_0 | x_eps)`` in expectation over ``x_eps``, with the decoder
+      ``N(m x_eps / (m^2 + v), v / (m^2 + v))``, the exact posterior for data from N(0, I). With
+      unit second moment of ``x_0`` and ``m^2 + v = 1`` this is the constant
+      ``(1 + ln(2 pi v)) / 2`` per element that the paper uses (arXiv 2106.05931 eq. 8); in general
+      only this form gives a bound.
     * ``KL( q(x_1 | x_0) || p(x_1) )``, which the paper takes as zero.
+
+    Args:
+        sde: The forward SDE, with variance at ``t_min``.
+        x0: Data, ``(B, *shape)``.
+
+    Returns:
+        ``(B,)`` nats, float64.
     """
+    # float64: the terms are large, of both signs, and divided by the small variance at t_min
     ends = torch.tensor([sde.t_min, 1.0], dtype=torch.float64, device=x0.device)
     mean, var = sde.mean_coef(ends), sde.var(ends)
     size = x0[0].numel()
@@ -124,7 +162,7 @@ def endpoint_cross_entropy(sde: LinearSDE, x0: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class NormalReference:
+class NormalControlVariate:
     r"""The likelihood-weighted error of the Normal component, and its exact expectation.
 
     With ``N(z_t, t) = c(t) z_t`` the expectation over noise and time of ``w_q / density * (N -
@@ -137,7 +175,7 @@ class NormalReference:
     offset: float
 
     @classmethod
-    def of(cls, sde: LinearSDE) -> NormalReference:
+    def of(cls, sde: LinearSDE) -> NormalControlVariate:
         r"""Both integrals in closed form, for every linear SDE.
 
         The kernel ``q_t = N(m z_0, v)`` and ``p_t = N(0, T)`` with ``T`` the total variance follow
@@ -174,10 +212,13 @@ class NormalReference:
 class CrossEntropy:
     """One-sample estimate of ``CE(q(z_0) || p(z_0))``.
 
-    ``elements``: ``(B, *shape)`` nats, the weighted squared error plus the constant per element
-    (eq. 8 of 2106.05931); ``bound``: ``(B,)`` nats, the same integral with
-    :func:`endpoint_cross_entropy` in place of the constant; ``sampled``: ``(B,)`` nats, the part of
-    both that the drawn time decides (all of the integral but what a control variate knows).
+    Attributes:
+        elements: ``(B, *shape)`` nats, the weighted squared error plus the constant per element
+            (arXiv 2106.05931 eq. 8).
+        bound: ``(B,)`` nats, the same integral with :func:`endpoint_cross_entropy` in place of the
+            constant.
+        sampled: ``(B,)`` nats, the part of both that the drawn time decides (all of the integral
+            but what a control variate knows).
     """
 
     elements: Tensor
@@ -193,22 +234,28 @@ def latent_cross_entropy(
     likelihood: Weighting,
     rng: Rng = None,
     *,
-    reference: NormalReference | None = None,
+    control_variate: NormalControlVariate | None = None,
 ) -> CrossEntropy:
-    """Unbiased estimate of the cross-entropy of ``z0`` ``(B, *shape)`` under the diffusion prior,
-    without gradient tricks.
+    """Unbiased estimate of the cross-entropy of ``z0`` under the diffusion prior, for evaluation.
 
-    ``reference``: the control variate, for a prior close to N(0, I).
+    Args:
+        sde: The forward SDE.
+        eps_fn: The noise prediction.
+        z0: Latents, ``(B, *shape)``.
+        times: One time per image.
+        likelihood: The likelihood weighting.
+        rng: Draws the noise.
+        control_variate: For a prior close to N(0, I).
     """
     eps = randn(z0.shape, rng, device=z0.device)
     t = times.t.to(z0)
     _, error = denoising_score_matching(sde, eps_fn, z0, t, eps)
     weight = expand_like((likelihood(sde, times.t) * times.inverse_density).to(error), error)
-    if reference is None:
+    if control_variate is None:
         sampled = weighted = weight * error
     else:
-        sampled = weight * (error - reference.error(z0, t, eps))
-        weighted = sampled + reference.expected(z0)
+        sampled = weight * (error - control_variate.error(z0, t, eps))
+        weighted = sampled + control_variate.expected(z0)
     constant = sde.cross_entropy_constant()
     return CrossEntropy(
         elements=weighted + constant,
@@ -221,11 +268,13 @@ def latent_cross_entropy(
 class PriorLosses:
     """What the prior contributes to one training step.
 
-    ``surrogate``: scalar; its gradient with respect to the prior's parameters is that of ``prior``
-    (its elements times ``balance`` where that is asked for), and with respect to ``z_0`` that of
-    ``mean_b sum_e balance * cross_entropy`` (zero when ``z_0`` carries no graph). Its value means
-    nothing. ``prior``: scalar, mean over images of the prior's objective (detached).
-    ``cross_entropy``: ``(B, *shape)`` nats per element with the likelihood weighting (detached).
+    Attributes:
+        surrogate: Scalar; its gradient with respect to the prior's parameters is that of ``prior``
+            (its elements times ``balance`` where that is asked for), and with respect to ``z_0``
+            that of ``mean_b sum_e balance * cross_entropy`` (zero when ``z_0`` carries no graph).
+            Its value means nothing.
+        prior: Scalar, mean over images of the prior's objective (detached).
+        cross_entropy: ``(B, *shape)`` nats per element with the likelihood weighting (detached).
     """
 
     surrogate: Tensor
@@ -270,26 +319,36 @@ def prior_losses(
     proposal_q: TimeProposal | None = None,
     balance: Balance = 1.0,
     eps_fn_q: EpsFn | None = None,
-    reference: NormalReference | None = None,
+    control_variate: NormalControlVariate | None = None,
     stratified: bool = False,
     balance_prior: bool = False,
     loss_scale: Tensor | float = 1.0,
     rng: Rng = None,
 ) -> PriorLosses:
-    """Prior objective and cross-entropy of ``z0`` ``(B, C, H, W)``, with the right gradient to each
-    side.
+    """Prior objective and cross-entropy of ``z0``, with the right gradient for prior and VAE.
 
-    ``weighting_p`` and ``proposal_p``: the prior's objective. ``proposal_q``: a proposal of its own
-    for the VAE's cross-entropy (Alg. 2 of 2106.05931 and the two-draw form of Alg. 1), or ``None``
-    to share the draw of the prior's (Alg. 3). ``balance``: factor on the cross-entropy as the VAE
-    sees it: a number (the KL coefficient), or a callable that maps the weighted errors ``(B, C, H,
-    W)`` to factors that broadcast to them. ``eps_fn_q``: another network for the VAE's term (the
-    EMA of the prior). ``reference``: control variate for the cross-entropy and its gradient; the
-    prior's objective does not change. ``balance_prior``: the prior's gradient gets the factor
-    ``balance`` too, if both sides share draw and network: with one weighting it is then the
-    gradient of the VAE's loss, which the published joint step gives it. ``loss_scale``: factor of
-    the backward pass that is made here, the one that the caller's own pass will have. ``rng`` draws
-    the noise and then the times, in that order.
+    Args:
+        sde: The forward SDE.
+        eps_fn: The noise prediction, whose parameters the prior's objective trains.
+        z0: Latents, ``(B, *shape)``; the VAE's gradient goes through them if they carry a graph.
+        weighting_p: Weighting of the prior's objective.
+        proposal_p: Times of the prior's objective.
+        likelihood: The likelihood weighting.
+        proposal_q: Times of the VAE's cross-entropy (algorithm 2 of arXiv 2106.05931, and the form
+            of algorithm 1 with two draws), or None to share the prior's draw (algorithm 3).
+        balance: Factor on the cross-entropy as the VAE sees it: a number (the KL coefficient), or a
+            callable that maps the weighted errors ``(B, *shape)`` to factors that broadcast to
+            them.
+        eps_fn_q: Another network for the VAE's term (the running average of the prior).
+        control_variate: For the cross-entropy and its gradient; the prior's objective does not
+            change.
+        stratified: Spread the times of the batch evenly.
+        balance_prior: The prior's gradient gets the factor ``balance`` too, if prior and VAE share
+            draw and network: with one weighting it is then the gradient of the VAE's loss, which
+            the published joint step gives it.
+        loss_scale: Factor of the backward pass that is made here, the one that the caller's own
+            pass will have.
+        rng: Draws the noise and then the times, in that order.
     """
     trains_encoder = z0.requires_grad
     shared = proposal_q is None and eps_fn_q is None
@@ -304,13 +363,14 @@ def prior_losses(
     def weight(weighting: Weighting, times: TimeSample) -> Tensor:
         return expand_like((weighting(sde, times.t) * times.inverse_density).to(z0), z0)
 
+    # The VAE's term comes first, so that a shared draw and one of its own take the same noise.
     eps, times = draw(proposal_p if shared else proposal_q or proposal_p)
     t = times.t.to(z0)
     weight_q = weight(likelihood, times)
     network_q = eps_fn_q or eps_fn
     control = z0.new_zeros(())
-    if reference is not None:
-        control = reference.expected(z0) - weight_q * reference.error(z0, t, eps)
+    if control_variate is not None:
+        control = control_variate.expected(z0) - weight_q * control_variate.error(z0, t, eps)
 
     def factor(error: Tensor) -> Tensor | float:
         return balance(weight_q * error + control.detach()) if callable(balance) else balance
@@ -335,11 +395,11 @@ def prior_losses(
     else:
         with torch.set_grad_enabled(shared and torch.is_grad_enabled()):
             _, error = denoising_score_matching(sde, network_q, z0, t, eps)
-    if trains_encoder and reference is not None:
+    if trains_encoder and control_variate is not None:
         share = (factor(error.detach()) * control).sum() / n
         injected = injected + share - share.detach()
     cross_entropy = (weight_q * error + control).detach() + constant
-    if not shared:
+    if not shared:  # z0 is detached: its gradient has been injected above
         eps, times = draw(proposal_p)
         _, error = denoising_score_matching(sde, eps_fn, z0.detach(), times.t.to(z0), eps)
     weighted = weight(weighting_p, times) * error

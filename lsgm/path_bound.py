@@ -5,7 +5,9 @@ the data ``z_0`` (arXiv 2006.11239 section 3; arXiv 2107.00630 eq. 11),
 
     p(z_N) = N(0, prior_var I),    p(z_s | z_t) = N( (z_t - b^2 eps(z_t, t) / sigma_t) / a, c I ) ,
 
-where ``z_t = a z_s + b e`` is the forward transition between neighbouring times; of the last step
+where ``z_t = a z_s + b e`` is the forward transition between neighbouring times (``a^2`` and
+``b^2`` are ``alpha_t`` and ``beta_t`` of arXiv 2006.11239, whose ``t`` counts steps, and ``a`` and
+``b^2`` are ``alpha_(t|s)`` and ``sigma^2_(t|s)`` of arXiv 2107.00630); of the last step
 ``z_s`` is ``z_0`` (``a = m_t``, ``b = sigma_t``). With the optimal ``eps`` the mean is exactly
 ``E[z_s | z_t]``, whatever the data. For a path drawn from ``q(z_N, ..., z_1 | z_0)``
 
@@ -18,6 +20,16 @@ the latents. The number of steps and the variances decide only how tight the bou
 Paths are drawn backwards, ``z_N`` first and then ``q(z_s | z_t, z_0)``: the same joint law as the
 forward Markov chain, but only one state is held at a time and each ratio is one of nearby
 Gaussians.
+
+Under a prior N(0, I) every path of any number of steps has the weight ``p(z_0)``:
+
+>>> from lsgm.path_bound import PathPrior
+>>> from lsgm.sde import VPSDE
+>>> sde, z0 = VPSDE(), torch.tensor([[0.0, 0.0], [1.0, -2.0]], dtype=torch.float64)
+>>> chain = PathPrior.of(sde, sde.normal_component, steps=3)
+>>> log_w = chain.log_weight(z0, torch.Generator().manual_seed(0))
+>>> torch.allclose(log_w, sde.prior_log_prob(z0))
+True
 """
 
 from __future__ import annotations
@@ -149,8 +161,8 @@ class PathPrior:
     eps_fn: EpsFn
     steps: tuple[PathStep, ...]
     variances: Variances
-    trust: tuple[float, ...]
-    """Of each step, how much of the network's correction to the Normal component is used."""
+    shrinkage: tuple[float, ...]
+    """Of each step, the factor in [0, 1] on the network's correction to the Normal component."""
 
     @classmethod
     def of(
@@ -186,7 +198,7 @@ class PathPrior:
     def _mean(self, z: Tensor, i: int, dtype: torch.dtype) -> Tensor:
         """Mean of the i-th step from ``z``; one network call."""
         step, normal = self.steps[i], self.steps[i].normal_slope * z
-        return step.mean(z, normal + self.trust[i] * (self._network(z, step, dtype) - normal))
+        return step.mean(z, normal + self.shrinkage[i] * (self._network(z, step, dtype) - normal))
 
     @torch.no_grad()
     def log_weight(self, z0: Tensor, rng: Rng = None) -> Tensor:
@@ -195,13 +207,14 @@ class PathPrior:
         ``(B,)`` nats, float64; the expectation of its exponential is ``p(z_0)``. The network is
         called in the dtype of ``z0``.
         """
+        # float64: log w is a sum over steps and elements of differences of nearly equal terms
         z_data, first = z0.double(), self.steps[0]
         noise = randn(z0.shape, rng, device=z0.device).double()
         z = first.m * z_data + math.sqrt(first.var) * noise
         log_w = _log_ratio(z.square() / self.sde.prior_var, noise, self.sde.prior_var / first.var)
         for i, step in enumerate(self.steps):
             mean, variance = self._mean(z, i, z0.dtype), self.variances[i].to(z)
-            if step.last:
+            if step.last:  # q ends at z_1, so the decoder's density stands alone
                 error = (z_data - mean).square() / variance
                 return log_w - 0.5 * sum_except_batch(error + (2 * math.pi * variance).log())
             noise = randn(z0.shape, rng, device=z0.device).double()
@@ -230,16 +243,17 @@ class PathPrior:
     def calibrated(self, z0: Tensor, rng: Rng = None, *, chunk: int = 64) -> PathPrior:
         """The same chain, fitted to latents like ``z0 (B, *shape)``; costs one path of each.
 
-        Fitted are the variances, one a step and channel (the first axis after the batch), and each
-        step's trust in the network by least squares: close to ``t = 1`` a step multiplies the
-        network's error by ``1 / a``, and what it learned there may be worth less than that.
+        Fitted are the variances, one per step and channel (the first axis after the batch), and by
+        least squares the shrinkage of the network's correction, one per step: close to ``t = 1`` a
+        step multiplies the network's error by ``1 / a``, and what it learned there may be worth
+        less than that.
 
         Any values give a valid bound as long as they do not depend on what is evaluated: take
         ``z0`` from :meth:`sample`, or encodings of training images. The error of the Normal
         component, whose expectation is known, is a control variate: for a prior close to N(0, I)
         the variances are nearly noise-free.
         """
-        variances, trust = [], []
+        variances, shrinkage = [], []
         second_moment = _channel_mean(z0.double().square())
         for step in self.steps:
             normal, residuals, corrections, known = step.normal_slope, [], [], []
@@ -252,7 +266,8 @@ class PathPrior:
             residual, correction = torch.cat(residuals), torch.cat(corrections)
             size = correction.square().sum()
             fit = ((residual * correction).sum() / size).clamp(0, 1).item() if size > 0 else 1.0
-            # The coefficient of least variance; the error is known where there is no correction.
+            # The control variate's coefficient of least variance, per channel; the error is known
+            # where there is no correction.
             control = residual.square() - torch.cat(known)
             excess = (residual - fit * correction).square() - torch.cat(known)
             centred = control - _channel_mean(control)
@@ -260,14 +275,15 @@ class PathPrior:
             error = step.normal_error(second_moment) + _channel_mean(excess - slope * control)
             least = LEAST_ERROR * step.m**2 / step.total
             variances.append(step.optimal_var(error.clamp(min=least)))
-            trust.append(fit)
-        return replace(self, variances=tuple(variances), trust=tuple(trust))
+            shrinkage.append(fit)
+        return replace(self, variances=tuple(variances), shrinkage=tuple(shrinkage))
 
 
 def _log_ratio(error: Tensor, noise: Tensor, var_ratio: Tensor | float) -> Tensor:
     """``log N(z; mean_p, var_p) - log N(z; mean_q, var_q)`` summed over an image, from the squared
     error in units of ``var_p``, the noise that made ``z`` from ``q``, and ``var_p / var_q``.
     """
+    # ln(2 pi) cancels, and the error of q is its own noise: exact, and small where p is close to q
     log_var = torch.as_tensor(var_ratio, dtype=noise.dtype, device=noise.device).log()
     return -0.5 * sum_except_batch(error - noise.square() + log_var)
 

@@ -1,6 +1,18 @@
 """Score parameterisations: networks that predict the noise ``eps`` of ``z_t``.
 
 ``score = -eps / sqrt(var(t))``.
+
+Before training, with a network that predicts zero, the score is nearly that of N(0, I):
+
+>>> from lsgm.score import MixedNormalScore
+>>> from lsgm.sde import VPSDE
+>>> class Zero(nn.Module):
+...     def forward(self, x_t, t):
+...         return torch.zeros_like(x_t)
+>>> sde, z, t = VPSDE(), torch.ones(2, 3, 4, 4), torch.tensor([0.1, 0.9])
+>>> score = MixedNormalScore(Zero(), sde, channels=3, mixing_init=-6.0)
+>>> torch.allclose(score(z, t), sde.normal_component(z, t), rtol=3e-3)
+True
 """
 
 from __future__ import annotations

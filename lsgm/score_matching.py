@@ -14,6 +14,26 @@ sigma^2`` (arXiv 1907.05600 eq. 5, 6) they are
 By Stein's identity ``E <eps_hat(x_t), eps> = sigma E div eps_hat(x_t)`` the three have the same
 expectation for every network, so any :mod:`lsgm.weighting` and :mod:`lsgm.times` serves them all.
 Ladders are the proposal :class:`lsgm.noise_ladder.LadderTimes` with the weight 1.
+
+A network that predicts zero has the error ``D``, in expectation or, sliced, for every draw:
+
+>>> from lsgm.score_matching import score_loss
+>>> from lsgm.sde import VPSDE
+>>> from lsgm.times import make_proposal
+>>> from lsgm.weighting import make_weighting
+>>> sde, weighting, rng = VPSDE(), make_weighting("unweighted"), torch.Generator().manual_seed(0)
+>>> x0 = torch.randn(4, 5, generator=rng)
+>>> found = score_loss(
+...     sde,
+...     lambda x_t, t: 0 * x_t,
+...     x0,
+...     weighting=weighting,
+...     proposal=make_proposal("uniform", sde, weighting),
+...     estimator="ssm_vr",
+...     rng=rng,
+... )
+>>> found.error
+tensor([5., 5., 5., 5.])
 """
 
 from __future__ import annotations

@@ -1,11 +1,17 @@
-"""Broadcasting and reductions: the first axis is the batch, all others are treated alike."""
+"""Broadcasting and reductions: the first axis is the batch, all others are treated alike.
+
+>>> from lsgm.tensors import expand_like, sum_except_batch
+>>> x = torch.ones(2, 3, 4)
+>>> sum_except_batch(expand_like(torch.tensor([1.0, 2.0]), x) * x)
+tensor([12., 24.])
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["expand_like", "mean_except_batch", "sum_except_batch"]
+__all__ = ["expand_like", "norm_except_batch", "sum_except_batch"]
 
 
 def expand_like(coefficient: Tensor | float, x: Tensor) -> Tensor:
@@ -37,6 +43,6 @@ def sum_except_batch(x: Tensor) -> Tensor:
     return x.flatten(1).sum(1) if x.ndim > 1 else x
 
 
-def mean_except_batch(x: Tensor) -> Tensor:
-    """Mean of ``x (B, *shape)`` over everything but the batch: ``(B,)``."""
-    return x.flatten(1).mean(1) if x.ndim > 1 else x
+def norm_except_batch(x: Tensor) -> Tensor:
+    """Euclidean norm of each image of ``x (B, *shape)``: ``(B,)``."""
+    return x.flatten(1).norm(dim=1)

@@ -2,6 +2,13 @@ r"""Weights ``w(t)`` of the loss ``w(t) ||eps_theta(z_t, t) - eps||^2`` (arXiv 2
 
 The weighting says *what* is minimised; how times are drawn (:mod:`lsgm.times`) only changes the
 estimator's variance.
+
+>>> from lsgm.sde import VPSDE
+>>> from lsgm.weighting import make_weighting
+>>> sde, t = VPSDE(), torch.tensor([0.1, 1.0], dtype=torch.float64)
+>>> likelihood, reweighted = make_weighting("likelihood"), make_weighting("reweighted")
+>>> torch.allclose(likelihood(sde, t) * sde.var(t), reweighted(sde, t))
+True
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def _times(t: Tensor | float, x: Tensor) -> Tensor:
 class GaussianOracle:
     """Data `z_0 ~ N(mean, diag(variance))`.
 
-    Arguments:
+    Args:
         sde: A linear SDE.
         mean: The mean of the data, with shape (*d).
         variance: The variance of every coordinate, with shape (*d).
@@ -84,7 +84,7 @@ class GaussianOracle:
 class MixtureOracle:
     """Data from an equally weighted mixture of isotropic Gaussians.
 
-    Arguments:
+    Args:
         sde: A linear SDE.
         means: The means of the components, with shape (K, *d).
         std: The standard deviation of every component.

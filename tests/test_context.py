@@ -90,7 +90,7 @@ def test_draws_have_the_probabilities_that_the_likelihood_says() -> None:
     assert chi2 < 63 + 5 * math.sqrt(2 * 63)
 
 
-def test_the_picture_is_an_unbiased_estimate_of_the_mean() -> None:
+def test_the_mean_estimate_is_unbiased() -> None:
     net = context(size=3, blocks=1)
     features = torch.randn(1, 6, 2, 3, dtype=torch.float64)
     images = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=6)), dtype=torch.float64)
@@ -100,7 +100,7 @@ def test_the_picture_is_an_unbiased_estimate_of_the_mean() -> None:
     mean = (probability.view(-1, 1, 1, 1) * images).sum(0)
     n = 20_000
     likelihood = AutoregressiveBernoulli(features.expand(n, -1, -1, -1), net)
-    pictures = likelihood.picture(torch.Generator().manual_seed(2))
+    pictures = likelihood.mean_estimate(torch.Generator().manual_seed(2))
     error = pictures.mean(0) - mean
     standard_error = pictures.std(0) / math.sqrt(n) + 1e-7
     assert ((error / standard_error).abs() < 4.5).all()

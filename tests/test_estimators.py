@@ -20,7 +20,7 @@ from sde_cases import CASES, all_sdes
 from torch import Tensor
 
 from lsgm.objectives import (
-    NormalReference,
+    NormalControlVariate,
     PriorLosses,
     endpoint_cross_entropy,
     latent_cross_entropy,
@@ -228,10 +228,10 @@ def test_cross_entropy_of_a_mixture_is_exact(sde: LinearSDE, dims: int) -> None:
     noise = torch.randn(n, dims, generator=rng, dtype=torch.float64)
     z0 = oracle.means[index] + oracle.std * noise
     integral, ends = exact_integral(oracle), exact_ends(oracle)
-    for reference in (None, NormalReference.of(sde)):
+    for control_variate in (None, NormalControlVariate.of(sde)):
         times = make_proposal("importance", sde, LIKELIHOOD).sample(n, rng)
         estimate = latent_cross_entropy(
-            sde, oracle.eps, z0, times, LIKELIHOOD, rng, reference=reference
+            sde, oracle.eps, z0, times, LIKELIHOOD, rng, control_variate=control_variate
         )
         elements = estimate.elements.sum(1)
         for values, exact in (
@@ -284,8 +284,10 @@ def test_cross_entropy_of_a_fine_vpsde_is_the_entropy(data: str) -> None:
         log_p = MixtureOracle(sde, oracle.means, oracle.std).log_prob(z0, 0.0)
         assert exact_integral(oracle) + exact_ends(oracle) == pytest.approx(entropy, abs=1e-4)
     times = make_proposal("importance", sde, LIKELIHOOD).sample(n, rng, stratified=True)
-    reference = NormalReference.of(sde)
-    bound = latent_cross_entropy(sde, eps_fn, z0, times, LIKELIHOOD, rng, reference=reference).bound
+    control_variate = NormalControlVariate.of(sde)
+    bound = latent_cross_entropy(
+        sde, eps_fn, z0, times, LIKELIHOOD, rng, control_variate=control_variate
+    ).bound
     error = bound.std().item() / math.sqrt(n)
     assert abs(bound.mean().item() - entropy) < 4 * error + 1e-4
     # ... and the same images' own log-density takes out their share of the noise

@@ -14,7 +14,7 @@ from sde_cases import all_sdes
 from torch import Tensor, nn
 
 from lsgm.objectives import (
-    NormalReference,
+    NormalControlVariate,
     endpoint_cross_entropy,
     latent_cross_entropy,
     prior_losses,
@@ -208,19 +208,19 @@ def test_endpoints_reduce_to_the_papers_constant() -> None:
 @pytest.mark.parametrize(
     ("sde", "tolerance"), [(VPSDE(), 1e-4), (SDES[1], 2e-3)], ids=["vp", "geometric"]
 )
-def test_normal_reference_closes_the_bound_pointwise(sde: LinearSDE, tolerance: float) -> None:
+def test_control_variate_closes_the_bound_pointwise(sde: LinearSDE, tolerance: float) -> None:
     """The reverse process of N(0, I) is the exact posterior path, so integral and ends give -log
     N(z_0; 0, I) for every z_0.
     """
-    reference = NormalReference.of(sde)
+    control_variate = NormalControlVariate.of(sde)
     z0 = torch.tensor([[0.0, 0.0], [1.0, -1.0], [3.0, 0.5]], dtype=torch.float64)
-    bound = sum_except_batch(reference.expected(z0)) + endpoint_cross_entropy(sde, z0)
+    bound = sum_except_batch(control_variate.expected(z0)) + endpoint_cross_entropy(sde, z0)
     exact = 0.5 * z0.square().sum(1) + math.log(2 * math.pi)
     torch.testing.assert_close(bound, exact, rtol=0, atol=tolerance)
 
 
 @all_sdes
-def test_normal_reference_is_its_integral_over_time(sde: LinearSDE) -> None:
+def test_control_variate_is_its_integral_over_time(sde: LinearSDE) -> None:
     """Against quadrature in ``t``: no shape of the variance's course is assumed, and sub-VP's
     falls at first where ``sigma2_0 > 0``.
     """
@@ -233,14 +233,14 @@ def test_normal_reference_is_its_integral_over_time(sde: LinearSDE) -> None:
     def offset(t: Tensor) -> Tensor:
         return likelihood(sde, t) * (sde.var(t) / sde.total_var(t) - 1).square()
 
-    reference = NormalReference.of(sde)
-    assert reference.slope == pytest.approx(integrate(slope, sde.t_min, ends), rel=1e-12)
-    assert reference.offset == pytest.approx(integrate(offset, sde.t_min, ends), rel=1e-12)
+    control_variate = NormalControlVariate.of(sde)
+    assert control_variate.slope == pytest.approx(integrate(slope, sde.t_min, ends), rel=1e-12)
+    assert control_variate.offset == pytest.approx(integrate(offset, sde.t_min, ends), rel=1e-12)
 
 
-def test_normal_reference_needs_variance_at_the_cutoff() -> None:
+def test_control_variate_needs_variance_at_the_cutoff() -> None:
     with pytest.raises(ValueError, match=r"no variance at t = 0"):
-        NormalReference.of(VPSDE(time_eps=0.0))
+        NormalControlVariate.of(VPSDE(time_eps=0.0))
 
 
 @all_sdes
@@ -256,7 +256,7 @@ def test_the_bound_of_normal_data_is_their_entropy(sde: LinearSDE) -> None:
     z0 = torch.randn(n, d, generator=rng, dtype=torch.float64)
     times = make_proposal("importance", sde, likelihood).sample(n, rng, stratified=True)
     bound = latent_cross_entropy(
-        sde, oracle.eps, z0, times, likelihood, rng, reference=NormalReference.of(sde)
+        sde, oracle.eps, z0, times, likelihood, rng, control_variate=NormalControlVariate.of(sde)
     ).bound
     end = torch.ones(1, dtype=torch.float64)
     ratio = ((sde.mean_coef(end).square() + sde.var(end)) / sde.prior_var).item()
@@ -291,7 +291,7 @@ def test_the_encoders_gradient_of_normal_data_is_exact(sde: LinearSDE) -> None:
         weighting_p=likelihood,
         proposal_p=make_proposal("importance", sde, likelihood),
         likelihood=likelihood,
-        reference=NormalReference.of(sde),
+        control_variate=NormalControlVariate.of(sde),
         rng=torch.Generator().manual_seed(0),
     )
     (gradient,) = torch.autograd.grad(losses.surrogate, z0)
@@ -301,19 +301,19 @@ def test_the_encoders_gradient_of_normal_data_is_exact(sde: LinearSDE) -> None:
 
 
 @pytest.mark.parametrize("sde", SDES, ids=lambda s: type(s).__name__)
-def test_normal_reference_is_the_expectation_of_its_samples(sde: LinearSDE) -> None:
+def test_control_variate_is_the_expectation_of_its_samples(sde: LinearSDE) -> None:
     n = 200_000
     rng = torch.Generator().manual_seed(0)
     likelihood = make_weighting("likelihood")
-    reference = NormalReference.of(sde)
+    control_variate = NormalControlVariate.of(sde)
     times = make_proposal("importance", sde, likelihood).sample(n, rng)
     eps = torch.randn(n, 1, generator=rng, dtype=torch.float64)
     for value in (0.0, 1.7):
         x0 = torch.full((n, 1), value, dtype=torch.float64)
         weight = (likelihood(sde, times.t) * times.inverse_density)[:, None]
-        samples = weight * reference.error(x0, times.t, eps)
+        samples = weight * control_variate.error(x0, times.t, eps)
         error = samples.std().item() / math.sqrt(n)
-        assert abs(samples.mean().item() - reference.expected(x0)[0].item()) < 4 * error
+        assert abs(samples.mean().item() - control_variate.expected(x0)[0].item()) < 4 * error
 
 
 def test_control_variate_keeps_the_gradient_and_lowers_its_variance() -> None:
@@ -326,10 +326,10 @@ def test_control_variate_keeps_the_gradient_and_lowers_its_variance() -> None:
     score.mixing_logit.data.fill_(-3.0)
     likelihood = make_weighting("likelihood")
     proposal = make_proposal("importance", sde, likelihood)
-    reference = NormalReference.of(sde)
+    control_variate = NormalControlVariate.of(sde)
     z = torch.randn(1, 4, 2, 2, dtype=torch.float64).expand(4000, -1, -1, -1)
     results = {}
-    for name, control in (("without", None), ("with", reference)):
+    for name, control in (("without", None), ("with", control_variate)):
         z0 = z.clone().requires_grad_()
         losses = prior_losses(
             sde,
@@ -338,7 +338,7 @@ def test_control_variate_keeps_the_gradient_and_lowers_its_variance() -> None:
             weighting_p=likelihood,
             proposal_p=proposal,
             likelihood=likelihood,
-            reference=control,
+            control_variate=control,
             rng=torch.Generator().manual_seed(3),
         )
         (gradient,) = torch.autograd.grad(losses.surrogate, z0)
@@ -365,7 +365,7 @@ def losses_again(
     z: Tensor,
     likelihood: Weighting,
     proposal: TimeProposal,
-    control: NormalReference | None,
+    control: NormalControlVariate | None,
 ) -> Tensor:
     """The surrogate for a fixed seed, whose gradient reaches the prior."""
     return prior_losses(
@@ -375,6 +375,6 @@ def losses_again(
         weighting_p=likelihood,
         proposal_p=proposal,
         likelihood=likelihood,
-        reference=control,
+        control_variate=control,
         rng=torch.Generator().manual_seed(3),
     ).surrogate

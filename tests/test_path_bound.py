@@ -78,11 +78,13 @@ def test_weights_average_to_the_density_of_the_chain(name, steps):
     prior = PathPrior(sde, eps, base.steps, variances, (1.0, 0.8, 0.9)[:steps])
     grid = torch.linspace(-8, 8, 1201, dtype=torch.float64)
     density = sde.prior_log_prob(grid[:, None]).exp()
-    for step, variance, trust in zip(prior.steps, prior.variances, prior.trust, strict=True):
+    for step, variance, shrinkage in zip(
+        prior.steps, prior.variances, prior.shrinkage, strict=True
+    ):
         time = torch.full((len(grid),), step.t, dtype=torch.float64)
         normal = sde.normal_component(grid, time)
         network = eps(grid[:, None], time)[:, 0]
-        mean = step.mean(grid, normal + trust * (network - normal))
+        mean = step.mean(grid, normal + shrinkage * (network - normal))
         kernel = (-0.5 * (grid - mean[:, None]).square() / variance).exp()
         kernel = kernel / (2 * math.pi * variance).sqrt()
         density = torch.trapezoid(kernel * density[:, None], grid, dim=0)
@@ -197,7 +199,7 @@ def test_the_bound_of_a_mixture_tightens_with_steps_and_draws(name):
 
 def test_calibration_leaves_out_a_network_that_is_wrong_where_steps_are_long():
     """A noise prediction with a small error at every time: harmless near the data, ruinous near t =
-    1, where a step of the chain multiplies it; the fitted trust brings the gap back.
+    1, where a step of the chain multiplies it; the fitted shrinkage brings the gap back.
     """
     sde = VPSDE()
     oracle = MixtureOracle.ring(sde, (4, 1, 1))
@@ -209,9 +211,9 @@ def test_calibration_leaves_out_a_network_that_is_wrong_where_steps_are_long():
 
     prior = PathPrior.of(sde, eps, 10)
     fitted = prior.calibrated(sample, gen(), chunk=2000)
-    only = PathPrior(sde, eps, prior.steps, fitted.variances, prior.trust)
+    only = PathPrior(sde, eps, prior.steps, fitted.variances, prior.shrinkage)
     before, after = (mean_error(truth - p.log_weight(z, gen(1))) for p in (prior, fitted))
-    assert fitted.trust[0] < 0.1 and min(fitted.trust[3:]) > 0.9
+    assert fitted.shrinkage[0] < 0.1 and min(fitted.shrinkage[3:]) > 0.9
     assert before[0] > 2 * after[0] > -4 * after[1]
     assert mean_error(truth - only.log_weight(z, gen(1)))[0] > after[0] + 4 * after[1]
 

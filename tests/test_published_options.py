@@ -32,7 +32,7 @@ from lsgm.data import Datasets, build_datasets
 from lsgm.data.arrays import ArrayDataset
 from lsgm.models.latent import LSGM
 from lsgm.models.loading import load
-from lsgm.objectives import NormalReference, prior_losses
+from lsgm.objectives import NormalControlVariate, prior_losses
 from lsgm.score import MixedNormalScore
 from lsgm.sde import VPSDE
 from lsgm.times import make_proposal
@@ -93,7 +93,7 @@ def test_the_prior_gets_the_gradient_of_the_vaes_loss_balance_included(
     def balance(weighted: Tensor) -> Tensor:
         return 0.7 * weighted.mean((0, 2, 3), keepdim=True)
 
-    reference = NormalReference.of(sde) if control else None
+    control_variate = NormalControlVariate.of(sde) if control else None
     losses = prior_losses(
         sde,
         score,
@@ -102,7 +102,7 @@ def test_the_prior_gets_the_gradient_of_the_vaes_loss_balance_included(
         proposal_p=proposal,
         likelihood=likelihood,
         balance=balance if balanced else 0.7,
-        reference=reference,
+        control_variate=control_variate,
         balance_prior=True,
         rng=torch.Generator().manual_seed(0),
     )
@@ -117,8 +117,8 @@ def test_the_prior_gets_the_gradient_of_the_vaes_loss_balance_included(
     weight = (likelihood(sde, times.t) * times.inverse_density).double().view(-1, 1, 1, 1)
     error = (score(z_t, t) - eps).square()
     control_term = torch.zeros((), dtype=torch.float64)
-    if reference is not None:
-        control_term = reference.expected(z0) - weight * reference.error(z0, t, eps)
+    if control_variate is not None:
+        control_term = control_variate.expected(z0) - weight * control_variate.error(z0, t, eps)
     ce = weight * error + control_term
     factor = balance(ce).detach() if balanced else 0.7
     exact = torch.autograd.grad((factor * ce).sum() / 3, inputs, allow_unused=True)

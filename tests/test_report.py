@@ -166,10 +166,10 @@ def test_copies_of_training_images_are_found_out():
 
 
 def test_published_numbers_are_context():
-    for ladder in PUBLISHED.values():
-        nats = [number.nats for number in ladder.numbers]
+    for table in PUBLISHED.values():
+        nats = [number.nats for number in table.numbers]
         assert nats == sorted(nats, reverse=True)
-        for number in ladder.numbers:
+        for number in table.numbers:
             assert re.fullmatch(r"\d{4}\.\d{5}", number.citation)
             assert number.source in (READ, SECOND_HAND)
     omniglot = published_for("omniglot")

@@ -156,13 +156,13 @@ def test_samplers_that_share_their_noise_are_compared_in_pairs(datasets, seen, t
         return blobs(num, 3, width=1.2 if sampling.nfe == 4 else 0.8)
 
     report = score(datasets, by_evaluations, tmp_path, nfe=(4, 10), images="means")
-    worse, same = report.ladder
+    worse, same = report.by_nfe
     own = report.samples.scores["frechet"]
     value, error = difference(worse.scores["frechet"], own)
     alone = (worse.scores["frechet"].standard_error ** 2 + own.standard_error**2) ** 0.5
     assert value > 3 * error and error < alone
     assert difference(same.scores["frechet"], own) == (0.0, 0.0)
-    assert [point.nfe for point in report.ladder] == [4, 10]
+    assert [point.nfe for point in report.by_nfe] == [4, 10]
     with pytest.raises(ValueError, match="cannot be compared"):
         difference(own, report.samples.scores["recall"])
 
@@ -174,11 +174,11 @@ def test_few_evaluations_beside_an_adaptive_sampler_are_the_models_own(datasets,
         asked.append((sampling.solver, sampling.nfe, sampling.tolerance))
         return blobs(num, 3)
 
-    for solver, ladder in (("rk45", None), ("heun", "heun")):
-        tolerance = 1e-5 if ladder is None else None
+    for solver, fixed in (("rk45", None), ("heun", "heun")):
+        tolerance = 1e-5 if fixed is None else None
         own = SolverOptions(solver=solver, tolerance=tolerance)
         score(datasets, draw, tmp_path, sampling=own, nfe=(3, 10))
-        assert asked[-3:] == [(solver, None, tolerance), (ladder, 3, None), (ladder, 10, None)]
+        assert asked[-3:] == [(solver, None, tolerance), (fixed, 3, None), (fixed, 10, None)]
 
 
 def test_real_images_are_seen_once(datasets, seen, tmp_path):

@@ -10,7 +10,7 @@ from sde_cases import CASES, all_sdes
 from torch import Tensor
 
 from lsgm.config.architecture import SDEConfig
-from lsgm.objectives import NormalReference
+from lsgm.objectives import NormalControlVariate
 from lsgm.sde import (
     SDES,
     VESDE,
@@ -234,7 +234,7 @@ def test_a_configuration_accepts_what_its_sde_accepts(kind: str, options: dict[s
     sde = make_sde(**asdict(SDEConfig(kind, **options)))
     assert type(sde) is SDES[kind]
     make_proposal("importance", sde, make_weighting("likelihood"))
-    assert math.isfinite(NormalReference.of(sde).offset)
+    assert math.isfinite(NormalControlVariate.of(sde).offset)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from lsgm.solvers import (
     fit_pilot,
     make_grid,
     make_solver,
-    pilot_grid,
 )
 
 T_END = 1e-3
@@ -68,10 +67,11 @@ def test_pilot_choice_beats_the_default_on_new_noise(pilot, new_noise, name, nfe
 @pytest.mark.parametrize(
     ("name", "nfe"), [("ddim", 5), ("dpmpp_2m", 6), ("deis", 5), ("heun", 8), ("unipc", 20)]
 )
-def test_pilot_grid_of_any_deterministic_solver(new_noise, name, nfe):
+def test_fitted_grid_of_any_deterministic_solver(new_noise, name, nfe):
     """The best of the named grids that it starts from is beaten on new noise."""
     solver = make_solver(name)
-    times = pilot_grid(SDE, ORACLE.eps, noise(32, 0), solver, nfe, T_END)
+    pilot = Pilot(SDE, ORACLE.eps, noise(32, 0), T_END)
+    times = fit_pilot(pilot, solver, nfe, fit_options=False).times
     assert times[0] == 1
     assert times[-1] == T_END
     assert (times.diff() < 0).all()

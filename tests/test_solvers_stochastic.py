@@ -16,7 +16,7 @@ from oracles import GaussianOracle, MixtureOracle
 
 from lsgm.sde import VESDE, VPSDE, GeometricVPSDE
 from lsgm.solvers import SOLVERS, base, make_grid, make_solver
-from lsgm.solvers.base import Schedule
+from lsgm.solvers.base import NoiseSchedule
 from vae.random import ShardedGenerator
 
 T_END = 0.05
@@ -80,13 +80,13 @@ def test_annealed_langevin_is_algorithm_1(monkeypatch, sde):
     times = make_grid("karras", sde, 12, T_END)
     solver = make_solver("langevin", steps_per_level=7, step_ratio=0.3)
     variance, _ = output_variance(monkeypatch, solver, sde, 0.3, times, start_variance=2.0)
-    grid = Schedule.of(sde, times)
-    y = 2.0 / grid.m[0] ** 2
-    for level in grid.sigma_hat:
+    schedule = NoiseSchedule.of(sde, times)
+    y = 2.0 / schedule.m[0] ** 2
+    for level in schedule.sigma_hat:
         step = 0.3 * level**2
         for _ in range(7):
             y = (1 - step / (2 * (0.3 + level**2))) ** 2 * y + step
-    assert variance == pytest.approx(y * grid.m[-1] ** 2, rel=1e-10)
+    assert variance == pytest.approx(y * schedule.m[-1] ** 2, rel=1e-10)
     assert solver.evaluations(12) == 13 * 7
 
 

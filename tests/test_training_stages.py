@@ -31,7 +31,7 @@ from lsgm.models.loading import load
 from lsgm.models.release import save
 from lsgm.networks import NCSNpp
 from lsgm.networks.layers import GroupNorm
-from lsgm.objectives import NormalReference, latent_cross_entropy, prior_losses
+from lsgm.objectives import NormalControlVariate, latent_cross_entropy, prior_losses
 from lsgm.sampling.draw import draw_samples
 from lsgm.sampling.sampler import SolverOptions
 from lsgm.score import MixedNormalScore
@@ -336,7 +336,7 @@ def test_an_inactive_group_costs_what_it_costs_under_n01() -> None:
     def elements(z: Tensor) -> Tensor:
         return latent_cross_entropy(
             sde, score, z, times, likelihood, torch.Generator().manual_seed(4),
-            reference=NormalReference.of(sde),
+            control_variate=NormalControlVariate.of(sde),
         ).elements  # fmt: skip
 
     low, high = sde.var(torch.tensor([sde.t_min, 1.0], dtype=torch.float64)).tolist()
@@ -366,7 +366,7 @@ def test_inactive_channels_give_the_encoder_the_gradient_of_n01(in_float64: None
         proposal_p=make_proposal("importance", score.sde, likelihood),
         likelihood=likelihood,
         balance=0.6,
-        reference=NormalReference.of(score.sde),
+        control_variate=NormalControlVariate.of(score.sde),
         rng=torch.Generator().manual_seed(0),
     )
     (gradient,) = torch.autograd.grad(losses.surrogate, z0)

@@ -19,7 +19,6 @@ from vae.objective import (
     kl_coefficient,
     kl_per_channel,
     kl_per_group,
-    regularization_coefficient,
     standard_normal_log_prob,
 )
 
@@ -115,5 +114,3 @@ def test_shares_of_unequal_scales() -> None:
 
 def test_conversions() -> None:
     assert bits_per_dim(784 * math.log(2), 784) == pytest.approx(1)
-    assert regularization_coefficient(0.01, 10, 0.0) == pytest.approx(10)
-    assert regularization_coefficient(0.01, 10, 0.5) == pytest.approx(math.sqrt(0.1))

@@ -29,7 +29,7 @@ from lsgm.data import build_datasets
 from lsgm.errors import UserError
 from lsgm.models.latent import LSGM, VAEModel, build_prior, build_vae
 from lsgm.models.release import save
-from lsgm.objectives import NormalReference, prior_losses
+from lsgm.objectives import NormalControlVariate, prior_losses
 from lsgm.score import MixedNormalScore
 from lsgm.sde import VESDE, VPSDE, LinearSDE
 from lsgm.times import make_proposal
@@ -102,9 +102,9 @@ def test_gradients_are_those_of_a_training_step(weighting: str, stratified: bool
     """
     sde = VPSDE()
     score, latents, encoder = toy(sde)
-    reference = NormalReference.of(sde)
+    control_variate = NormalControlVariate.of(sde)
     estimator = Estimator(weighting, "importance", stratified)
-    found = step_gradients(score, sde, latents, estimator, reference, seed=5)
+    found = step_gradients(score, sde, latents, estimator, control_variate, seed=5)
     w = make_weighting(weighting)
     for control in (False, True):
         losses = prior_losses(
@@ -114,7 +114,7 @@ def test_gradients_are_those_of_a_training_step(weighting: str, stratified: bool
             weighting_p=w,
             proposal_p=make_proposal("importance", sde, w),
             likelihood=LIKELIHOOD,
-            reference=reference if control else None,
+            control_variate=control_variate if control else None,
             stratified=stratified,
             rng=torch.Generator().manual_seed(5),
         )

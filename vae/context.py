@@ -6,6 +6,13 @@ place and from a window of the pixels before it, by masked convolutions (PixelCN
 takes the local one, thickness and smoothness of a stroke (PixelVAE, arXiv 1611.05013; variational
 lossy autoencoder, arXiv 1611.02731). The likelihood is exact and parallel over pixels; drawing an
 image takes one small evaluation per pixel.
+
+>>> from vae.context import AutoregressiveBernoulli, CausalContext
+>>> context = CausalContext(image_channels=1, width=8, kernel_size=3, num_blocks=1)
+>>> likelihood = AutoregressiveBernoulli(torch.zeros(2, 8, 4, 4), context)
+>>> x = likelihood.sample(torch.Generator().manual_seed(0))  # pixel by pixel
+>>> tuple(likelihood.log_prob(x).shape)  # at once
+(2, 1, 4, 4)
 """
 
 from __future__ import annotations
@@ -22,7 +29,7 @@ from vae.random import Rng, rand
 
 __all__ = ["AutoregressiveBernoulli", "CausalContext", "CausalConv2d"]
 
-PICTURE_SEED = 0
+MEAN_SEED = 0
 ADDED_BLOCK_GAIN = 1e-2
 """Norm of the last kernels of a block that is added to a trained context: nearly the identity."""
 
@@ -169,12 +176,12 @@ class AutoregressiveBernoulli(Distribution):
 
     @property
     def mean(self) -> Tensor:
-        """:meth:`picture` from a fixed field of uniforms, the same for every image."""
-        return self.picture()
+        """:meth:`mean_estimate` from a fixed field of uniforms, the same for every image."""
+        return self.mean_estimate()
 
-    def picture(self, rng: Rng = None) -> Tensor:
+    def mean_estimate(self, rng: Rng = None) -> Tensor:
         shape = (1 if rng is None else len(self.features), *self._image_shape()[1:])
-        generator = torch.Generator().manual_seed(PICTURE_SEED) if rng is None else rng
+        generator = torch.Generator().manual_seed(MEAN_SEED) if rng is None else rng
         uniform = rand(shape, generator, device=self.features.device if rng else "cpu")
         return self._draw(uniform.to(self.features.device))[1]
 

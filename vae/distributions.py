@@ -2,6 +2,12 @@
 
 Pixels live in [-1, 1]. Everything is computed in float32 at least, whatever the precision of the
 network: the logits are raised on the way in.
+
+>>> from vae.distributions import decoder_channels, decoder_distribution
+>>> logits = torch.zeros(2, decoder_channels("bin", image_channels=1), 4, 4)
+>>> likelihood = decoder_distribution("bin", logits)
+>>> round(likelihood.log_prob(torch.ones(2, 1, 4, 4))[0].sum().item() / math.log(2))  # bits
+-16
 """
 
 from __future__ import annotations
@@ -49,9 +55,11 @@ class Distribution(ABC):
     def mean(self) -> Tensor:
         """Mean (B, C, H, W) in the range of the data."""
 
-    def picture(self, rng: Rng = None) -> Tensor:
-        """What is shown of it, (B, C, H, W): its mean, or where pixels depend on each other the
-        conditional means along one draw, whose expectation is the mean.
+    def mean_estimate(self, rng: Rng = None) -> Tensor:
+        """Unbiased estimate of the mean, (B, C, H, W), which is what is shown.
+
+        It is the mean itself, or where pixels depend on each other the conditional means along one
+        draw.
         """
         return self.mean
 

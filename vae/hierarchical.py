@@ -267,7 +267,7 @@ class HierarchicalVAE(nn.Module):
         device = self.decoder.top_feature.device
         for shape in self.latent_shapes[len(drawn) :]:
             drawn.append(temperature * randn((num, *shape), rng, device=device))
-        return (self.decode(drawn).picture(rng).clamp(-1, 1) + 1) / 2
+        return (self.decode(drawn).mean_estimate(rng).clamp(-1, 1) + 1) / 2
 
     def reconstruction(self, output: VAEOutput, x: Tensor) -> Tensor:
         """-log p(x | eps), (B,) in nats, without the padding."""
@@ -283,11 +283,6 @@ class HierarchicalVAE(nn.Module):
     def split_top(self, z: Tensor) -> tuple[Tensor, ...]:
         """The inverse of :meth:`concat_top`: ``G`` tensors (B, L, h, w)."""
         return z.chunk(self.num_groups_per_scale, dim=1)
-
-    def concat_per_scale(self, eps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The latents of each scale side by side, coarsest first: S tensors (B, G * L, h, w)."""
-        size = self.num_groups_per_scale
-        return tuple(torch.cat(tuple(eps[i : i + size]), 1) for i in range(0, len(eps), size))
 
     def _infer(
         self,

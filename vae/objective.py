@@ -1,6 +1,14 @@
 """The variational bound of the hierarchical VAE: KL terms, their annealing and balancing, bounds.
 
 All values are nats. ``B`` images, ``N`` latent groups, coarsest first.
+
+>>> from vae.objective import importance_weighted_bound, kl_coefficient
+>>> schedule = {"anneal_portion": 0.5, "const_portion": 0.1, "minimum": 0.1, "maximum": 1.0}
+>>> [round(kl_coefficient(step, 100, **schedule), 2) for step in (0, 35, 100)]
+[0.1, 0.55, 1.0]
+>>> log_weights = torch.tensor([[-101.0], [-99.0]])  # two draws for one image
+>>> round(importance_weighted_bound(log_weights).item(), 2)  # above their mean, -100
+-99.57
 """
 
 from __future__ import annotations
@@ -31,7 +39,6 @@ __all__ = [
     "kl_coefficient",
     "kl_per_channel",
     "kl_per_group",
-    "regularization_coefficient",
     "standard_normal_log_prob",
 ]
 
@@ -235,11 +242,6 @@ def bounds(
 def bits_per_dim(nats: Tensor | float, dimensions: int) -> Tensor | float:
     """Convert ``nats`` per image of ``dimensions`` values."""
     return nats / (dimensions * math.log(2))
-
-
-def regularization_coefficient(final: float, initial: float, kl_weight: float) -> float:
-    """Interpolate geometrically from ``initial`` to ``final`` as the KL weight goes from 0 to 1."""
-    return math.exp((1 - kl_weight) * math.log(initial) + kl_weight * math.log(final))
 
 
 def _group_sums(parts: Sequence[Tensor]) -> Tensor:

@@ -5,6 +5,17 @@ All noise of the package is drawn through :func:`randn` and :func:`rand`. With a
 rows, so that N processes holding B/N images each see exactly the noise of one process holding B
 images. With :class:`RowGenerators` every image has a generator of its own, so that what is drawn
 for an image does not depend on the batch that it is in.
+
+>>> from vae.random import RowGenerators, ShardedGenerator, randn
+>>> whole = randn((4, 2), torch.Generator().manual_seed(0), device="cpu")
+>>> second = ShardedGenerator(torch.Generator().manual_seed(0), rank=1, world_size=2)
+>>> torch.equal(randn((2, 2), second, device="cpu"), whole[2:])
+True
+>>> batch, alone = (
+...     randn((len(rows), 2), RowGenerators.of(0, rows), device="cpu") for rows in ([3, 8], [8])
+... )
+>>> torch.equal(batch[1], alone[0])
+True
 """
 
 from __future__ import annotations

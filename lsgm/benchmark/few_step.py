@@ -13,15 +13,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from lsgm.benchmark.few_step_ablation import ablation_rows
 from lsgm.benchmark.few_step_cases import Case, mixture_case, run_case
 from lsgm.benchmark.few_step_report import write_report
-from lsgm.benchmark.few_step_runner import Bench, Measurement, PilotFits, run_theirs
-from lsgm.benchmark.overhead import Overhead, measure_overhead
+from lsgm.benchmark.few_step_runner import Bench, FewStepResult, Measurement, PilotFits, run_theirs
+from lsgm.benchmark.overhead import measure_overhead
 from lsgm.benchmark.reference_samplers import METHODS, reference_samplers
 from lsgm.config.command_line import parse_command_line
 from lsgm.solvers import GRIDS, SOLVERS, Solver, make_grid, make_solver
@@ -29,7 +28,7 @@ from lsgm.system.device import choose_device
 from lsgm.system.files import check_output
 from lsgm.system.progress import progress_bar
 
-__all__ = ["FewStepOptions", "FewStepResult", "Measurement", "few_step_command", "measure"]
+__all__ = ["FewStepOptions", "few_step_command", "measure"]
 
 DEFAULT = "normal_reference_pc"
 OURS, BASELINE, THEIRS, STOCHASTIC = "ours", "own", "diffusers", "stochastic"
@@ -75,27 +74,6 @@ class FewStepOptions:
             raise ValueError(f"t_end: must lie in (0, 1), not {self.t_end}")
         if self.tolerance <= 0:
             raise ValueError(f"tolerance: must be positive, not {self.tolerance}")
-
-
-@dataclass(frozen=True)
-class FewStepResult:
-    """All measurements of a case; ``reference_quality`` is that of the exact flow, ``settings``
-    what the pilots chose by number of calls.
-    """
-
-    case: str
-    options: dict[str, Any]
-    shape: tuple[int, ...]
-    reference_nfe: int
-    pilot_reference_nfe: int
-    reference_quality: dict[str, float]
-    rows: tuple[Measurement, ...]
-    ablation: tuple[Measurement, ...]
-    settings: dict[str, str]
-    overhead: tuple[Overhead, ...] = ()
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def _fixed_step_solvers(stochastic: bool) -> Iterator[tuple[str, Solver]]:

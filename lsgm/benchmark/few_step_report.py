@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lsgm.benchmark.few_step_runner import FewStepResult, Measurement
 from lsgm.system.files import atomic_write, atomic_write_json, atomic_write_text
-
-if TYPE_CHECKING:
-    from lsgm.benchmark.few_step import FewStepResult, Measurement
+from lsgm.system.markdown import markdown_table
 
 __all__ = ["best", "comparison", "markdown", "write_report"]
 
 DEFAULT = "normal_reference_pc"
-CLAIMED = (3, 5, 8, 10, 20)
 
 
 def _value(one: Measurement) -> float:
@@ -69,11 +67,6 @@ def comparison(result: FewStepResult) -> list[dict[str, Any]]:
     return lines
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2e}"
 
@@ -102,7 +95,7 @@ def _comparison_table(result: FewStepResult) -> str:
         )
         for line in comparison(result)
     ]
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _solver_table(result: FewStepResult, family: str) -> str:
@@ -115,7 +108,7 @@ def _solver_table(result: FewStepResult, family: str) -> str:
             one = best(result.rows, nfe, lambda m, s=solver: (m.family, m.solver) == (family, s))
             cells.append("" if one is None else f"{_number(one.rms)} [{one.grid}]")
         rows.append([solver, *cells])
-    return _table(["solver", *map(str, result.options["nfe"])], rows)
+    return markdown_table(["solver", *map(str, result.options["nfe"])], rows)
 
 
 def _full_table(result: FewStepResult) -> str:
@@ -125,7 +118,7 @@ def _full_table(result: FewStepResult) -> str:
         if one.family in ("ours", "own"):
             rows.setdefault((one.solver, one.grid), {})[one.nfe] = _number(one.rms)
     columns = result.options["nfe"]
-    return _table(
+    return markdown_table(
         ["solver", "grid", *map(str, columns)],
         ([*key, *(cells.get(n, "") for n in columns)] for key, cells in sorted(rows.items())),
     )
@@ -136,7 +129,7 @@ def _ablation_table(result: FewStepResult) -> str:
     rows: dict[tuple[str, str], dict[int, str]] = {}
     for one in result.ablation:
         rows.setdefault((one.solver, one.grid), {})[one.nfe] = _number(one.rms)
-    return _table(
+    return markdown_table(
         ["method", "grid", *map(str, columns)],
         ([*key, *(cells.get(n, "") for n in columns)] for key, cells in rows.items()),
     )
@@ -153,7 +146,7 @@ def _quality_table(result: FewStepResult) -> str:
         pixel = "" if one.pixel_rms is None else f"{one.pixel_rms:.4f}"
         figures = [f"{one.quality[name]:.4g}" for name in names]
         rows.append([f"{one.solver} ({one.family})", one.grid, str(one.nfe), pixel, *figures])
-    return _table(["sampler", "grid", "NFE", "pixel RMS", *names], rows)
+    return markdown_table(["sampler", "grid", "NFE", "pixel RMS", *names], rows)
 
 
 def _overhead_table(result: FewStepResult) -> str:
@@ -165,7 +158,9 @@ def _overhead_table(result: FewStepResult) -> str:
         rows.append(
             [one.solver, "x".join(map(str, one.batch)), f"{one.solver_ms:.3f}", network, share]
         )
-    return _table(["solver", "batch", "ms a step beside the network", "ms a call", "share"], rows)
+    return markdown_table(
+        ["solver", "batch", "ms a step beside the network", "ms a call", "share"], rows
+    )
 
 
 def markdown(result: FewStepResult) -> str:

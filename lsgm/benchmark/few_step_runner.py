@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lsgm.benchmark.few_step_cases import Case
+from lsgm.benchmark.overhead import Overhead
 from lsgm.benchmark.reference_samplers import ReferenceSampler
 from lsgm.errors import NonFiniteError
 from lsgm.solvers import Pilot, PilotFit, Solver, fit_pilot
 from lsgm.solvers.ode import AdaptiveODE
 
-__all__ = ["Bench", "Measurement", "PilotFits", "run_theirs"]
+__all__ = ["Bench", "FewStepResult", "Measurement", "PilotFits", "run_theirs"]
 
 SMALLEST_TIME = 1e-6
 
@@ -44,6 +46,38 @@ class Measurement:
     pixel_rms: float | None = None
     quality: dict[str, float] = field(default_factory=dict)
     pilot_nfe: int = 0
+
+
+@dataclass(frozen=True)
+class FewStepResult:
+    """All measurements of a case.
+
+    Attributes:
+        case: Name of the case.
+        options: Those of the command.
+        shape: Of one state.
+        reference_nfe: Network calls of the exact flow.
+        pilot_reference_nfe: Those of the pilots' exact flow.
+        reference_quality: Figures of sample quality of the exact flow.
+        rows: Every sampler at every number of network calls.
+        ablation: What the gain of the default is made of.
+        settings: What the pilots chose, by number of network calls.
+        overhead: Time that solvers take beside the network.
+    """
+
+    case: str
+    options: dict[str, Any]
+    shape: tuple[int, ...]
+    reference_nfe: int
+    pilot_reference_nfe: int
+    reference_quality: dict[str, float]
+    rows: tuple[Measurement, ...]
+    ablation: tuple[Measurement, ...]
+    settings: dict[str, str]
+    overhead: tuple[Overhead, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 class Bench:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lsgm.errors import UserError
-from lsgm.objectives import NormalReference, prior_losses
+from lsgm.objectives import NormalControlVariate, prior_losses
 from lsgm.score import EpsFn, MixedNormalScore
 from lsgm.sde import LinearSDE
 from lsgm.times import make_proposal
@@ -139,7 +139,7 @@ def step_gradients(
     sde: LinearSDE,
     latents: Latents,
     estimator: Estimator,
-    reference: NormalReference,
+    control_variate: NormalControlVariate,
     seed: int,
 ) -> dict[tuple[str, bool], Tensor]:
     """One draw of everything: ``(side, with control variate) -> (P,)``, detached.
@@ -161,7 +161,7 @@ def step_gradients(
             weighting_p=weighting,
             proposal_p=proposal,
             likelihood=likelihood,
-            reference=reference,
+            control_variate=control_variate,
             stratified=estimator.stratified,
             rng=torch.Generator().manual_seed(seed),
         )
@@ -236,12 +236,12 @@ def study(
     if repeats < 3:
         raise UserError(f"--repeats: needs at least 3, not {repeats}")
     sde = score.sde
-    reference = NormalReference.of(sde)
+    control_variate = NormalControlVariate.of(sde)
     found: dict[tuple[Estimator, str, bool], GradientNoise] = {}
     for estimator in progress(list(estimators(sde, weightings))):
         draws: dict[tuple[str, bool], list[Tensor]] = {}
         for repeat in range(repeats):
-            step = step_gradients(score, sde, latents, estimator, reference, seed + repeat)
+            step = step_gradients(score, sde, latents, estimator, control_variate, seed + repeat)
             for key, gradient in step.items():
                 draws.setdefault(key, []).append(gradient)
         for (side, control), gradients in draws.items():

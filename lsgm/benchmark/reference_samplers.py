@@ -96,7 +96,7 @@ class ReferenceSampler:
     ) -> ReferenceSolution:
         """Take ``nfe`` steps, one network call each, from ``x (B, *shape)`` at time 1.
 
-        Arguments:
+        Args:
             sde: The forward SDE.
             eps_fn: The noise prediction; called in the dtype of ``x``.
             x: The start.
@@ -179,7 +179,7 @@ def _times_of(sde: LinearSDE, levels: Tensor) -> Tensor:
 def reference_samplers(method: str, *, thorough: bool = True) -> Iterator[ReferenceSampler]:
     """Every sampler that diffusers offers for a method.
 
-    Arguments:
+    Args:
         method: Name in ``METHODS``.
         thorough: Also both ends, a table of 10,000 times and all options of the method; if not,
             its usual options on every grid.

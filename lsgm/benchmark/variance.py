@@ -26,6 +26,7 @@ from lsgm.score import MixedNormalScore
 from lsgm.sde import SDES, LinearSDE, largest_squared_distance, make_sde
 from lsgm.system.device import choose_device
 from lsgm.system.files import atomic_write, atomic_write_json, check_output
+from lsgm.system.markdown import markdown_table
 from lsgm.system.progress import progress_bar
 from lsgm.tensors import expand_like
 from lsgm.weighting import WEIGHTINGS
@@ -244,8 +245,6 @@ def format_tables(rows: Sequence[NoiseRow]) -> str:
             ("variance / variance with uniform times and no variance reduction", False),
         ):
             lines += ["", f"### {title}: {what}", ""]
-            lines.append("| weighting | proposal | times | " + " | ".join(columns) + " |")
-            lines.append("|---" * (3 + len(columns)) + "|")
             cells: dict[tuple[str, str, str], dict[str, str]] = {}
             for row in group:
                 key = (
@@ -257,10 +256,8 @@ def format_tables(rows: Sequence[NoiseRow]) -> str:
                     (row.relative, row.relative_error) if relative else (row.ratio, row.ratio_error)
                 )
                 cells.setdefault(key, {})[_column(row)] = _cell(*shown)
-            lines += [
-                "| " + " | ".join([*key, *(values[name] for name in columns)]) + " |"
-                for key, values in cells.items()
-            ]
+            table = ([*key, *(values[name] for name in columns)] for key, values in cells.items())
+            lines.append(markdown_table(["weighting", "proposal", "times", *columns], table))
     return "\n".join(lines[1:])
 
 

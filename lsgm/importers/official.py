@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 DUPLICATE = ".weight_normalized"
-CELL_RECIPES = {
+CELLS_OF_ARCH = {
     "res_mbconv": "res_mbconv",
     "res_mbconv_attn": "res_mbconv",  # the attention flag is not acted on
     "res_mbconv_attn_half": "res_mbconv",
@@ -189,9 +189,9 @@ def vae_arguments(args: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[
         if name not in state:
             raise UserError(f"checkpoint: the VAE has no parameter {name!r}")
     recipe = args.get("arch_instance", "res_mbconv")
-    if recipe not in CELL_RECIPES:
+    if recipe not in CELLS_OF_ARCH:
         raise UserError(
-            f"checkpoint: arch_instance {recipe!r} is none of {', '.join(CELL_RECIPES)}"
+            f"checkpoint: arch_instance {recipe!r} is none of {', '.join(CELLS_OF_ARCH)}"
         )
     progressive = args.get("progressive_input_vae", "none")
     if progressive not in ("none", "input_skip"):
@@ -208,7 +208,7 @@ def vae_arguments(args: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[
         "image_channels": image_channels,
         "image_size": image_size,
         "channel_mult": tuple(args.get("channel_mult", (1, 2))),
-        "cell": CELL_RECIPES[recipe],
+        "cell": CELLS_OF_ARCH[recipe],
         "use_se": any(".se.se." in name for name in state),
         "num_x_bits": int(args.get("num_x_bits", 8)),
         "log_sig_q_scale": float(args.get("log_sig_q_scale", 5.0)),

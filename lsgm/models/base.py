@@ -304,7 +304,7 @@ class Model(nn.Module, ABC):
     ) -> Batch:
         """One batch of ``num`` images.
 
-        Arguments:
+        Args:
             num: B.
             rng: Source of all noise.
             sampler: Of the states of a :class:`DiffusionModel` (:meth:`sampler_for`).
@@ -383,7 +383,7 @@ class Model(nn.Module, ABC):
     ) -> Samples:
         """Draw ``n`` images, all held in memory (:meth:`iterate` gives them in batches).
 
-        Arguments:
+        Args:
             n: Number of images.
             sampler: Instead of the recommended one.
             nfe: Network evaluations that the recommended sampler may take, in place of its own
@@ -612,7 +612,7 @@ class DiffusionModel(Model):
         the recommended solver, named or not, also its evaluations and grid. A model whose sampler
         draws noise and takes many evaluations recommends a solver for few where few are asked for.
 
-        Arguments:
+        Args:
             solver: Name of another solver.
             nfe: Network calls on a batch, at most.
             grid: Name of a time grid, ``pilot``, or ``ladder``: the noise levels of an NCSN.

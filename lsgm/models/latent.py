@@ -22,7 +22,7 @@ from lsgm.errors import UserError
 from lsgm.models.base import Batch, DiffusionModel, Model
 from lsgm.models.release import section
 from lsgm.networks import NCSNpp
-from lsgm.objectives import CrossEntropy, NormalReference, latent_cross_entropy
+from lsgm.objectives import CrossEntropy, NormalControlVariate, latent_cross_entropy
 from lsgm.score import MixedNormalScore
 from lsgm.sde import make_sde
 from lsgm.solvers import Callback
@@ -169,7 +169,7 @@ class VAEModel(Model):
         """Decoder means of one posterior draw for ``x`` ``(B, C, R, R)`` in [-1, 1]; images in [0,
         1] without padding.
         """
-        return self.to_images(self.vae(x, rng=rng).likelihood.picture(rng))
+        return self.to_images(self.vae(x, rng=rng).likelihood.mean_estimate(rng))
 
     def nelbo(self, x: Tensor, rng: Rng = None) -> NELBO:
         """One-sample NELBO of ``x`` ``(B, C, R, R)`` in [-1, 1] under the prior N(0, I)."""
@@ -230,10 +230,10 @@ class VAEModel(Model):
 
     def decode(self, latents: Sequence[Tensor], rng: Rng = None) -> Tensor:
         """Images in [0, 1] from latents of all groups: the decoder's means, which only a decoder
-        with a context draws ``rng`` for (:meth:`vae.distributions.Distribution.picture`).
+        with a context draws ``rng`` for (:meth:`vae.distributions.Distribution.mean_estimate`).
         """
         likelihood = self.vae.decode(latents)
-        x = likelihood.sample(rng) if self._draws_pixels else likelihood.picture(rng)
+        x = likelihood.sample(rng) if self._draws_pixels else likelihood.mean_estimate(rng)
         return self.to_images(x).clamp(0, 1)
 
     @contextmanager
@@ -274,7 +274,7 @@ class LSGM(DiffusionModel, VAEModel):
         self.score = score
         self.sde = score.sde
         self.prior_config = prior_config
-        self.reference = NormalReference.of(score.sde)
+        self.control_variate = NormalControlVariate.of(score.sde)
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"prior": asdict(self.prior_config)}
@@ -316,7 +316,7 @@ class LSGM(DiffusionModel, VAEModel):
         times = proposal.sample(len(top), rng, stratified=True, device=top.device)
         likelihood = make_weighting("likelihood")
         return latent_cross_entropy(
-            self.sde, self.score, top, times, likelihood, rng, reference=self.reference
+            self.sde, self.score, top, times, likelihood, rng, control_variate=self.control_variate
         )
 
     def evaluation_times(self) -> TimeProposal:

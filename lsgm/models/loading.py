@@ -19,8 +19,8 @@ from lsgm.models.latent import LSGM, VAEModel, build_prior, build_vae, prior_con
 from lsgm.models.release import (
     DESCRIPTION,
     check_weights,
+    description_error,
     load_weights,
-    misfit,
     read_description,
     section,
 )
@@ -85,7 +85,7 @@ def build_described(description: dict[str, Any], source: Path) -> nn.Module:
             raise ValueError(f"unknown kind {kind!r}; known are {', '.join(BUILDERS)}")
         return BUILDERS[kind](description, section(DataSpec, description["spec"]))
     except (*MALFORMED, UserError) as error:
-        raise misfit(source, error) from error
+        raise description_error(source, error) from error
 
 
 def _vae_of(description: dict[str, Any], spec: DataSpec) -> VAEModel:

@@ -20,8 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lsgm.config.checks import check_values
-from lsgm.config.keys import fits, section_class
-from lsgm.config.keys import misfit as misfit_value
+from lsgm.config.keys import fits, misfit, section_class
 from lsgm.config.training import DataConfig
 from lsgm.errors import MALFORMED, UserError
 from lsgm.system.files import atomic_write, atomic_write_json
@@ -35,7 +34,7 @@ __all__ = [
     "check_weights",
     "load_data_config",
     "load_weights",
-    "misfit",
+    "description_error",
     "read_description",
     "save",
     "section",
@@ -121,11 +120,11 @@ def read_description(folder: Path) -> dict[str, Any]:
     try:
         sealed_sha256(description, DESCRIPTION)
     except ValueError as error:
-        raise misfit(folder / DESCRIPTION, error) from None
+        raise description_error(folder / DESCRIPTION, error) from None
     return description
 
 
-def misfit(source: Path, error: Exception) -> UserError:
+def description_error(source: Path, error: Exception) -> UserError:
     """What is wrong with a description in the file ``source``, by the error that it led to."""
     reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
     return UserError(f"{source}: {reason}")
@@ -158,7 +157,7 @@ def _section(cls: type, values: dict[str, Any]) -> Any:
         elif name in values:
             value = values[name]
             if not fits(hint, value):
-                raise ValueError(misfit_value(name, value, {name: hint}))
+                raise ValueError(misfit(name, value, {name: hint}))
             built[name] = tuple(value) if isinstance(value, list) else value
     return cls(**built)
 
@@ -213,5 +212,5 @@ def load_data_config(folder: str | Path, root: str | None = None) -> DataConfig:
     try:
         data: DataConfig = section(DataConfig, description["data"])
     except MALFORMED as error:
-        raise misfit(folder / DESCRIPTION, error) from error
+        raise description_error(folder / DESCRIPTION, error) from error
     return replace(data, root=root) if root else data

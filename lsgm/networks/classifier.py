@@ -1,4 +1,10 @@
-"""Classifiers of images: of noisy ones, to guide a sampler, or of clean ones, to judge images."""
+"""Classifiers of images: of noisy ones, to guide a sampler, or of clean ones, to judge images.
+
+>>> from lsgm.networks.classifier import Classifier
+>>> classifier = Classifier(channels=1, resolution=8, num_classes=10, noise_conditional=True)
+>>> tuple(classifier(torch.zeros(2, 1, 8, 8), t=torch.tensor([0.1, 0.9])).shape)
+(2, 10)
+"""
 
 from __future__ import annotations
 

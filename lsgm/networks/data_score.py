@@ -1,4 +1,12 @@
-"""A U-net of images as a noise prediction under any linear SDE."""
+"""A U-net of images as a noise prediction under any linear SDE.
+
+>>> from lsgm.networks.data_score import DataScore
+>>> from lsgm.networks.ncsnpp import NCSNpp
+>>> network = NCSNpp(channels=1, resolution=8, num_channels=8, num_cells_per_scale=1)
+>>> score = DataScore(network, VESDE(), condition="log_sigma")
+>>> tuple(score(torch.zeros(2, 1, 8, 8), torch.tensor([0.1, 0.9])).shape)
+(2, 1, 8, 8)
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""Embeddings of the diffusion time, in the precision of their weights, autocast or not."""
+"""Embeddings of the diffusion time, in the precision of their weights, autocast or not.
+
+>>> from lsgm.networks.embeddings import TimeEmbedding
+>>> embedding = TimeEmbedding(dim=8, kind="positional", scale=1000.0)
+>>> tuple(embedding(torch.tensor([0.1, 0.9])).shape)
+(2, 32)
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,12 @@
-"""NCSN's score network as a noise prediction (arXiv 1907.05600; arXiv 2006.09011)."""
+"""NCSN's score network as a noise prediction (arXiv 1907.05600; arXiv 2006.09011).
+
+>>> from lsgm.networks.ncsn import NCSN
+>>> from lsgm.noise_ladder import NoiseLadder
+>>> ladder = NoiseLadder(sigma_max=1.0, sigma_min=0.01, num_levels=10)
+>>> network = NCSN(channels=1, resolution=8, ladder=ladder, num_channels=4)
+>>> tuple(network(torch.zeros(10, 1, 8, 8), ladder.times).shape)
+(10, 1, 8, 8)
+"""
 
 from __future__ import annotations
 

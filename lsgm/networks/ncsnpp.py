@@ -2,6 +2,11 @@
 
 A U-net of residual blocks that predicts the noise. Unlike the image-space original its output is
 not divided by ``sigma`` and it is conditioned on ``t``, not on ``ln sigma``.
+
+>>> from lsgm.networks.ncsnpp import NCSNpp
+>>> network = NCSNpp(channels=3, resolution=8, num_channels=8, num_cells_per_scale=1)
+>>> tuple(network(torch.zeros(2, 3, 8, 8), torch.tensor([0.1, 0.9])).shape)
+(2, 3, 8, 8)
 """
 
 from __future__ import annotations

@@ -4,6 +4,12 @@ arXiv 1904.11486.
 
 The FIR filter is ``[1, 3, 3, 1] / 8`` along each axis; zeros lie outside the image. It runs as a
 depthwise convolution, so no kernel has to be compiled.
+
+>>> from lsgm.networks.resample import make_resampler
+>>> x = torch.ones(1, 1, 8, 8)
+>>> halved, doubled = make_resampler("down", fir=True)(x), make_resampler("up", fir=False)(x)
+>>> tuple(halved.shape), tuple(doubled.shape)
+((1, 1, 4, 4), (1, 1, 16, 16))
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def encode(
 ) -> Code:
     """The code of images.
 
-    Arguments:
+    Args:
         model: A model with a diffusion.
         x: ``(B, C, R, R)`` in [-1, 1].
         solver: A deterministic solver.
@@ -202,7 +202,7 @@ def resample_groups(
     Groups of the state are drawn by inpainting with the score-based prior, finer ones from N(0,
     temperature^2 I), with the temperature of the sampler.
 
-    Arguments:
+    Args:
         model: A model with latent groups.
         state: Latents of the score-based prior, ``(B, *state_shape)``.
         finer: The other groups.

@@ -54,7 +54,7 @@ def inpaint(
     """Images that agree with ``x`` where pixels are known: exactly for a model of images; for a
     latent model, in the latents (of every scale) all of whose pixels are known.
 
-    Arguments:
+    Args:
         model: A model with a diffusion.
         x: ``(B, C, R, R)`` in [-1, 1].
         known: bool ``(H, W)``, without padding.

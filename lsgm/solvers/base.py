@@ -7,6 +7,26 @@ is: ``(B, D)`` and ``(B, C, H, W)`` are alike.
 
 The state is kept in ``state_dtype`` (float64 unless asked otherwise); the network is called in the
 dtype in which ``x`` came. The one place that converts is :meth:`Problem.eps`.
+
+A solver of your own says its order, its network calls and how it takes a step:
+
+>>> from lsgm.sde import VPSDE
+>>> from lsgm.solvers.base import StepSolver
+>>> from lsgm.solvers.grids import uniform_time
+>>> class Euler(StepSolver):
+...     order = 1
+...
+...     def _calls(self, num_steps):
+...         return num_steps
+...
+...     def _step(self, problem, i, x, history):
+...         t, t_next = problem.times[i], problem.times[i + 1]
+...         eps = problem.eps(x, t.item())
+...         return x + (t_next - t) * probability_flow_velocity(problem.sde, eps, x, t)
+>>> sde, x = VPSDE(), torch.ones(1, 2)
+>>> solution = Euler().solve(sde, sde.normal_component, x, uniform_time(sde, 10, 0.01))
+>>> solution.x, solution.nfe  # the flow of N(0, I) is the identity
+(tensor([[1., 1.]]), 10)
 """
 
 from __future__ import annotations
@@ -31,7 +51,7 @@ __all__ = [
     "Hook",
     "Problem",
     "Progress",
-    "Schedule",
+    "NoiseSchedule",
     "Solution",
     "Solver",
     "StepSolver",
@@ -99,7 +119,7 @@ class Solution:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class NoiseSchedule:
     """Coefficients of the SDE at given times, one Python float a time, computed in float64.
 
     ``sigma_hat = sigma / m`` is the noise level of ``z / m``; ``log_snr = ln(m / sigma)`` is half
@@ -114,7 +134,7 @@ class Schedule:
     log_snr: list[float]
 
     @classmethod
-    def of(cls, sde: LinearSDE, times: Tensor) -> Schedule:
+    def of(cls, sde: LinearSDE, times: Tensor) -> NoiseSchedule:
         """The coefficients at ``times (n,)``."""
         times = times.double()
         m, sigma = sde.mean_coef(times), sde.var(times).sqrt()
@@ -140,11 +160,11 @@ class Problem:
     hooks: Sequence[Hook]
     callback: Callback | None
     network_dtype: torch.dtype
-    schedule: Schedule = field(init=False)
+    schedule: NoiseSchedule = field(init=False)
     nfe: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        self.schedule = Schedule.of(self.sde, self.times)
+        self.schedule = NoiseSchedule.of(self.sde, self.times)
 
     @property
     def num_steps(self) -> int:
@@ -201,7 +221,7 @@ def probability_flow_velocity(sde: LinearSDE, eps: Tensor, x: Tensor, t: Tensor)
 class Solver(ABC):
     """A way from one time to another.
 
-    Arguments:
+    Args:
         state_dtype: Precision of the state. Use float32 on devices without float64.
         keep_trajectory: Return the states at all times as well.
         denoise: End with the posterior mean of the data, ``(z - sigma eps) / m`` at the last time
@@ -299,7 +319,7 @@ class Solver(ABC):
     ) -> Solution:
         """Move ``x (B, *shape)`` from ``times[0]`` to ``times[-1]``.
 
-        Arguments:
+        Args:
             sde: The forward SDE.
             eps_fn: The noise prediction; called in the dtype of ``x``.
             x: The state at ``times[0]``, for generation a sample of the SDE's prior.

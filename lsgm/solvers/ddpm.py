@@ -31,7 +31,7 @@ class DDPM(StepSolver):
 
     Given times have to go down to the data.
 
-    Arguments:
+    Args:
         levels: ``N`` of the chain.
         variance: Of a step: ``"small"``, that of ``q(x_s | x_t, x_0)``; ``"large"``, the chain's
             ``beta`` (ibid. section 3.2).

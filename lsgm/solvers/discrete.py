@@ -7,6 +7,15 @@ the exact transition between neighbouring times, these take a step of ``1/N`` of
 (Euler-Maruyama), or the step that leads to noise level ``i = floor(t (N - 1))`` of a table of ``N``
 levels: ``sigma_i`` geometric (VE), ``beta_i`` linear (VP); ``floor`` acts on float32. All that
 matters little to the samples and much to whoever wants to see the published ones again.
+
+>>> from lsgm.sde import VPSDE
+>>> from lsgm.solvers.discrete import DiscretePredictorCorrector
+>>> sde, rng = VPSDE(), torch.Generator().manual_seed(0)
+>>> solver = DiscretePredictorCorrector(predictor="ancestral", levels=100, denoise=True)
+>>> times = torch.linspace(1, 1e-3, 100, dtype=torch.float64)
+>>> solution = solver.solve(sde, sde.normal_component, sde.prior_sample((500, 2), rng), times, rng)
+>>> solution.nfe, abs(solution.x.std().item() - 1) < 0.1  # samples of N(0, I)
+(100, True)
 """
 
 from __future__ import annotations
@@ -22,7 +31,8 @@ from torch import Tensor
 
 from lsgm.sde import VESDE, VPSDE, LinearSDE, SubVPSDE
 from lsgm.solvers.base import Problem
-from lsgm.solvers.predictor_corrector import PredictorCorrector, Step
+from lsgm.solvers.predictor_corrector import GaussianStep, PredictorCorrector
+from lsgm.tensors import norm_except_batch
 
 __all__ = ["DiscretePredictorCorrector", "Table"]
 
@@ -73,38 +83,42 @@ def table_at(sde: LinearSDE, times: Tensor, n: int, discrete: bool) -> Table:
     return Table(n, times.tolist(), index.tolist(), sigma.tolist(), beta.tolist(), std.tolist())
 
 
-def _euler_maruyama(problem: Problem, grid: Table, i: int, x: Tensor, score: Tensor) -> Step:
-    t, n = torch.tensor([grid.t[i]], dtype=torch.float64), grid.n
+def _euler_maruyama(
+    problem: Problem, table: Table, i: int, x: Tensor, score: Tensor
+) -> GaussianStep:
+    t, n = torch.tensor([table.t[i]], dtype=torch.float64), table.n
     f, g2 = problem.sde.f(t).item(), problem.sde.g2(t).item()
-    return Step(x - (f * x - g2 * score) / n, math.sqrt(g2 / n))
+    return GaussianStep(x - (f * x - g2 * score) / n, math.sqrt(g2 / n))
 
 
-def _reverse_diffusion(problem: Problem, grid: Table, i: int, x: Tensor, score: Tensor) -> Step:
+def _reverse_diffusion(
+    problem: Problem, table: Table, i: int, x: Tensor, score: Tensor
+) -> GaussianStep:
     if isinstance(problem.sde, VESDE):
-        gap, _ = _levels(grid, i)
-        return Step(x + gap * score, math.sqrt(gap))
+        gap, _ = _levels(table, i)
+        return GaussianStep(x + gap * score, math.sqrt(gap))
     if isinstance(problem.sde, SubVPSDE):
-        return _euler_maruyama(problem, grid, i, x, score)
-    beta = grid.beta[grid.index[i]]
-    return Step((2 - math.sqrt(1 - beta)) * x + beta * score, math.sqrt(beta))
+        return _euler_maruyama(problem, table, i, x, score)
+    beta = table.beta[table.index[i]]
+    return GaussianStep((2 - math.sqrt(1 - beta)) * x + beta * score, math.sqrt(beta))
 
 
-def _ancestral(problem: Problem, grid: Table, i: int, x: Tensor, score: Tensor) -> Step:
+def _ancestral(problem: Problem, table: Table, i: int, x: Tensor, score: Tensor) -> GaussianStep:
     if isinstance(problem.sde, VESDE):
-        gap, share = _levels(grid, i)
-        return Step(x + gap * score, math.sqrt(gap) * share)
-    beta = grid.beta[grid.index[i]]
-    return Step((x + beta * score) / math.sqrt(1 - beta), math.sqrt(beta))
+        gap, share = _levels(table, i)
+        return GaussianStep(x + gap * score, math.sqrt(gap) * share)
+    beta = table.beta[table.index[i]]
+    return GaussianStep((x + beta * score) / math.sqrt(1 - beta), math.sqrt(beta))
 
 
-def _levels(grid: Table, i: int) -> tuple[float, float]:
+def _levels(table: Table, i: int) -> tuple[float, float]:
     """``sigma_i^2 - sigma_(i-1)^2`` and ``sigma_(i-1) / sigma_i``; below the last is no noise."""
-    index = grid.index[i]
-    sigma, lower = grid.sigma[index], grid.sigma[index - 1] if index else 0.0
+    index = table.index[i]
+    sigma, lower = table.sigma[index], table.sigma[index - 1] if index else 0.0
     return sigma**2 - lower**2, lower / sigma
 
 
-PREDICTORS: dict[str, Callable[[Problem, Table, int, Tensor, Tensor], Step]] = {
+DISCRETE_PREDICTORS: dict[str, Callable[[Problem, Table, int, Tensor, Tensor], GaussianStep]] = {
     "reverse_diffusion": _reverse_diffusion,
     "euler_maruyama": _euler_maruyama,
     "ancestral": _ancestral,
@@ -115,7 +129,7 @@ PREDICTORS: dict[str, Callable[[Problem, Table, int, Tensor, Tensor], Step]] = {
 class DiscretePredictorCorrector(PredictorCorrector):
     """The published samplers on even times; the last predictor's mean is ``denoise``.
 
-    Arguments:
+    Args:
         predictor: ``"reverse_diffusion"``, ``"euler_maruyama"``, ``"ancestral"``, or None for the
             corrector alone. Ancestral sampling of a VP SDE has the chain's variance ``beta_i``.
         norm: As in :class:`PredictorCorrector`; ``"expected"`` is the published ``ald`` corrector.
@@ -132,10 +146,9 @@ class DiscretePredictorCorrector(PredictorCorrector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.predictor not in (None, *PREDICTORS):
-            raise ValueError(
-                f"unknown predictor {self.predictor!r}: choose from {', '.join(PREDICTORS)}"
-            )
+        if self.predictor not in (None, *DISCRETE_PREDICTORS):
+            known = ", ".join(DISCRETE_PREDICTORS)
+            raise ValueError(f"unknown predictor {self.predictor!r}: choose from {known}")
 
     @property
     def order(self) -> int:
@@ -190,20 +203,22 @@ class DiscretePredictorCorrector(PredictorCorrector):
             )
 
     def _table(self, problem: Problem) -> Table:
-        grid = problem.schedule.t
-        return even_table(problem.sde, len(grid), grid[0], grid[-1], self.levels is not None)
+        times = problem.schedule.t
+        return even_table(problem.sde, len(times), times[0], times[-1], self.levels is not None)
 
     def _score(self, problem: Problem, i: int, x: Tensor) -> Tensor:
-        grid = self._table(problem)
-        return problem.eps(x, grid.t[i]) / -grid.score_std[i]
+        table = self._table(problem)
+        return problem.eps(x, table.t[i]) / -table.score_std[i]
 
-    def _predicted(self, problem: Problem, i: int, x: Tensor) -> Step:
+    def _predicted(self, problem: Problem, i: int, x: Tensor) -> GaussianStep:
         """The predictor's step from ``times[i]``."""
         assert self.predictor is not None
         score = self._score(problem, i, x)
         share = 0.5 if self.probability_flow else 1.0
-        step = PREDICTORS[self.predictor](problem, self._table(problem), i, x, share * score)
-        return Step(step.mean, 0.0 if self.probability_flow else step.std)
+        step = DISCRETE_PREDICTORS[self.predictor](
+            problem, self._table(problem), i, x, share * score
+        )
+        return GaussianStep(step.mean, 0.0 if self.probability_flow else step.std)
 
     def _step(self, problem: Problem, i: int, x: Tensor, history: list[Tensor]) -> Tensor:
         x = self._corrected(problem, i, x)
@@ -220,14 +235,14 @@ class DiscretePredictorCorrector(PredictorCorrector):
         return problem.project(self._predicted(problem, problem.num_steps, x).mean, 0.0)
 
     def _correct(self, problem: Problem, i: int, x: Tensor) -> Tensor:
-        grid = self._table(problem)
+        table = self._table(problem)
         score = self._score(problem, i, x)
-        alpha = 1 - grid.beta[grid.index[i]] if grid.beta else 1.0
+        alpha = 1 - table.beta[table.index[i]] if table.beta else 1.0
         noise = problem.noise(x)
         if self.norm == "expected":
             ratio = torch.full((len(x),), problem.schedule.sigma[i], device=x.device, dtype=x.dtype)
         else:
-            sizes = noise.flatten(1).norm(dim=1), score.flatten(1).norm(dim=1)
+            sizes = norm_except_batch(noise), norm_except_batch(score)
             if self.norm == "batch":
                 sizes = sizes[0].mean().expand(len(x)), sizes[1].mean().expand(len(x))
             ratio = sizes[0] / sizes[1]

@@ -3,6 +3,11 @@ r"""Time grids: where a solver places its steps matters as much as the solver.
 Each grid is a function ``(sde, n, t_end) -> times``, a strictly decreasing float64 vector of ``n +
 1`` times from 1 to ``t_end``. Most are uniform in some monotone function of time; those without a
 closed inverse are inverted by bisection in float64, for any linear SDE.
+
+>>> from lsgm.sde import VPSDE
+>>> from lsgm.solvers.grids import make_grid
+>>> [round(t, 4) for t in make_grid("sqrt_time", VPSDE(), 4, 0.01).tolist()]
+[1.0, 0.6006, 0.3025, 0.1056, 0.01]
 """
 
 from __future__ import annotations

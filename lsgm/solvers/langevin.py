@@ -4,6 +4,17 @@ At each noise level ``sigma_i`` of a decreasing list, ``y <- y + (a_i / 2) score
 with ``a_i`` proportional to ``sigma_i^2``. For any linear SDE ``y = z / m`` has exactly that law
 with noise ``sigma / m``, so one algorithm serves all. Within a level ``m`` cancels and the step is
 written for ``z``; between levels ``z`` is rescaled so that ``y`` stays.
+
+>>> import torch
+>>> from lsgm.noise_ladder import NoiseLadder
+>>> from lsgm.solvers.langevin import AnnealedLangevin
+>>> ladder, rng = NoiseLadder(sigma_max=10.0, sigma_min=0.1, num_levels=10), torch.Generator()
+>>> sde = ladder.sde()
+>>> start = sde.prior_sample((500, 2), rng.manual_seed(0))
+>>> solver = AnnealedLangevin(steps_per_level=100)
+>>> x = solver.solve(sde, sde.normal_component, start, ladder.times, rng).x
+>>> abs(x.std().item() - 1) < 0.1  # samples of N(0, I)
+True
 """
 
 from __future__ import annotations
@@ -30,7 +41,7 @@ def langevin_step(problem: Problem, x: Tensor, eps: Tensor, sigma: float, ratio:
 class AnnealedLangevin(Solver):
     """Annealed Langevin dynamics over the noise levels of all given times, the first included.
 
-    Arguments:
+    Args:
         steps_per_level: Langevin steps at each level (the paper's T).
         step_ratio: ``a_i / sigma_i^2``, the same at every level; the paper's ``epsilon /
             sigma_L^2``, whose ``epsilon = 2e-5`` with ``sigma_L = 0.01`` is 0.2.
@@ -52,11 +63,11 @@ class AnnealedLangevin(Solver):
         return (num_steps + 1) * self.steps_per_level
 
     def _integrate(self, problem: Problem, x: Tensor) -> list[Tensor]:
-        grid, total = problem.schedule, problem.num_steps + 1
+        schedule, total = problem.schedule, problem.num_steps + 1
         states: list[Tensor] = []
-        for i, (t, sigma) in enumerate(zip(grid.t, grid.sigma, strict=True)):
+        for i, (t, sigma) in enumerate(zip(schedule.t, schedule.sigma, strict=True)):
             if i > 0:
-                x = grid.m[i] / grid.m[i - 1] * x
+                x = schedule.m[i] / schedule.m[i - 1] * x
             for _ in range(self.steps_per_level):
                 x = langevin_step(problem, x, problem.eps(x, t), sigma, self.step_ratio)
                 x = problem.project(x, t)

@@ -36,7 +36,7 @@ __all__ = ["MultistepSolver"]
 class MultistepSolver(StepSolver):
     """A multistep exponential integrator.
 
-    Arguments:
+    Args:
         order: Of the method; with a corrector the predictor is one lower.
         lower_order_final: Lower the order in the last steps (arXiv 2211.01095 appendix) of solves
             with fewer than ``8 order`` steps: steadier there. The last step is then of first order,
@@ -71,21 +71,34 @@ class MultistepSolver(StepSolver):
 
     def _step(self, problem: Problem, i: int, x: Tensor, history: list[Tensor]) -> Tensor:
         total, remaining = problem.num_steps, problem.num_steps - i
+        # A corrected step has evaluated its predicted end, which is this step's start. That
+        # evaluation is not repeated at the corrected state (UniPC's rule): the two differ by the
+        # local error of the predictor, which enters the next step times another h.
         if i == 0 or not self._is_corrected(i - 1, total):
             history.append(self._evaluate(problem, x, i))
+        # The corrector's polynomial has one node more than the predictor's, the step's end, so the
+        # predictor of a pair of order p keeps p - 1.
         memory = self.order - 1 if self.corrects else self.order
+        # With r steps left at most r nodes, so that the last step is of first order.
         lower = self.lower_order_final and total < 8 * self.order
         del history[: -min(memory, remaining) if lower else -memory]
         first = i + 1 - len(history)
         predicted = self._advance(problem, i, x, first, history)
+        # No later step would use an evaluation at the last end, so to correct the last step costs a
+        # call of its own: one step more is worth more.
         if remaining == 1 or not self._is_corrected(i, total):
             return predicted
 
         history.append(self._evaluate(problem, predicted, i + 1))
         careful = self.order == 4 and self._has_accurate_start(total)
+        # The predicted end of the first step is wrong by O(h^2), hence the corrected one by O(h^3)
+        # for two reasons, the line through two evaluations and the error of the second. The second
+        # reason goes here, by evaluating again; the first when there is a third evaluation.
         if careful and i == 0:
             corrected = self._advance(problem, i, x, first, history)
             history[-1] = self._evaluate(problem, corrected, i + 1)
+        # Replace the first step's integral of the line through the evaluations 0 and 1 by that of
+        # the parabola through 0, 1 and 2. From the state zero a step is its integral alone.
         if careful and i == 1:
             zero = torch.zeros_like(x)
             full = self._advance(problem, 0, zero, 0, history)

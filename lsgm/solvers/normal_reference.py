@@ -27,6 +27,13 @@ exponential Adams-Bashforth method with one network call a step. ``alpha = 1`` i
 2204.13902); ``alpha = 0`` is exact on N(0, I) for any step. Since ``R`` is never divided by
 ``alpha``, small values lose no digits. With a corrector the new evaluation joins the polynomial (as
 UniC does, arXiv 2302.04867), one order more at the same number of calls.
+
+>>> from lsgm.sde import VPSDE
+>>> from lsgm.solvers.normal_reference import NormalReference
+>>> sde, x, times = VPSDE(), torch.ones(1, 2), torch.tensor([1.0, 0.01])
+>>> found = NormalReference(alpha=0.0, order=1).solve(sde, sde.normal_component, x, times).x
+>>> torch.allclose(found, x)  # one step, and exact
+True
 """
 
 from __future__ import annotations
@@ -79,7 +86,7 @@ def step_weights(
     Gauss-Legendre quadrature in ``sqrt(u)``, in which ``g^2 / (2 sigma) du`` stays smooth where
     ``sigma`` vanishes.
 
-    Arguments:
+    Args:
         sde: The forward SDE.
         t: Start of the step.
         s: Its end.
@@ -87,6 +94,9 @@ def step_weights(
         alpha: ``(A,)``, float64.
         variable: Name in ``EXTRAPOLATION_VARIABLES``.
     """
+    # u = r^2, du = 2 r dr. For a VP SDE from no noise sigma_u is about sqrt(beta_start u) near
+    # zero, so that 1 / sigma in the integrand cancels against r. In a step backwards in time dr,
+    # and with it the measure, is negative.
     left, right = t**0.5, s**0.5
     root = 0.5 * (right + left) + 0.5 * (right - left) * _NODES
     u = root.square()
@@ -94,9 +104,12 @@ def step_weights(
     m, total = sde.mean_coef(ends), sde.total_var(ends)
 
     def propagator_to_s(m_u: Tensor, total_u: Tensor) -> Tensor:
+        # E(s, u): the integral of the linear part in closed form, since f = (ln m)' and
+        # f + g^2 / (2 V) = (ln V)' / 2
         log_m, log_total = (m[1] / m_u).log(), 0.5 * (total[1] / total_u).log()
         return (alpha[:, None] * log_m + (1 - alpha[:, None]) * log_total).exp()
 
+    # (right - left) / 2 is the half-width of the interval of Gauss-Legendre, 2 r dr the rest
     measure = (right - left) * root * _WEIGHTS * sde.g2(u) / (2 * sde.var(u).sqrt())
     integrand = measure * propagator_to_s(sde.mean_coef(u), sde.total_var(u))  # (A, Q)
     x_of = EXTRAPOLATION_VARIABLES[variable]
@@ -135,7 +148,7 @@ class NormalReference(MultistepSolver):
     """The Normal-reference exponential integrator of this module; ``alpha = 1`` is DEIS (tAB of
     arXiv 2204.13902).
 
-    Arguments:
+    Args:
         order: Of the method, 1 to 4; with a corrector 2 to 4, the predictor being one lower.
         alpha: Weight of the non-Normal part, in [0, 1]: a number, or one per channel (a sequence,
             or a tensor such as the ``mixing (1, C, 1, 1)`` of a mixed-Normal score). It belongs to
@@ -178,6 +191,7 @@ class NormalReference(MultistepSolver):
         return False
 
     def _integrate(self, problem: Problem, x: Tensor) -> list[Tensor]:
+        # "few steps" is known only here, so the plain method takes over for this solve
         if self.corrector and problem.num_steps < self.corrector_from:
             plain = replace(self, corrector=False, lower_order_final=False)
             return plain._integrate(problem, x)
@@ -190,7 +204,7 @@ class NormalReference(MultistepSolver):
         nodes = tuple(t[first : first + len(values)])
         alpha = self._alphas(x)
         weights = _coefficients(problem.sde, t[i], t[i + 1], nodes, alpha, self.variable)
-        if len(alpha) == 1:
+        if len(alpha) == 1:  # as numbers rather than tensors: one kernel launch per node
             propagator, *residual = weights[:, 0].tolist()
             x = propagator * x
             for weight, value in zip(residual, values, strict=True):

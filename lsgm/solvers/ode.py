@@ -4,6 +4,16 @@ In the variable ``t`` the ODE is ``dz/dt = f z + g^2 eps / (2 sigma)`` (arXiv 20
 the variable ``sigma_hat = sigma / m``, with ``y = z / m``, the same ODE is ``dy / dsigma_hat =
 eps`` (arXiv 2206.00364 eq. 4; arXiv 2010.02502 eq. 14): the linear part is gone, Euler is DDIM and
 Heun is EDM's deterministic sampler.
+
+>>> from lsgm.sde import VESDE
+>>> from lsgm.solvers.grids import make_grid
+>>> from lsgm.solvers.ode import AdaptiveODE, Heun
+>>> sde, x = VESDE(), torch.full((1, 2), 30.0, dtype=torch.float64)
+>>> times = make_grid("karras", sde, 50, 0.01)
+>>> heun = Heun(variable="sigma").solve(sde, sde.normal_component, x, times)
+>>> exact = AdaptiveODE(rtol=1e-8, atol=1e-8).solve(sde, sde.normal_component, x, times)
+>>> heun.nfe, torch.allclose(heun.x, exact.x, rtol=1e-2)
+(100, True)
 """
 
 from __future__ import annotations
@@ -36,7 +46,7 @@ __all__ = ["AdaptiveODE", "Euler", "Heun", "RungeKutta4", "integrate_adaptive"]
 class _FixedStepODE(StepSolver):
     """One explicit Runge-Kutta step for each pair of times.
 
-    Arguments:
+    Args:
         variable: What the steps are taken in: ``"time"``, or ``"sigma"`` for ``sigma / m``.
     """
 
@@ -52,16 +62,17 @@ class _FixedStepODE(StepSolver):
         """Start and end ``u``, the right-hand side ``(y, u) -> dy/du``, and the scales ``z / y`` at
         both ends.
         """
-        grid = problem.schedule
+        schedule = problem.schedule
         if self.variable == "time":
 
             def velocity(x: Tensor, t: float) -> Tensor:
                 time = torch.tensor(t, dtype=torch.float64)
                 return probability_flow_velocity(problem.sde, problem.eps(x, t), x, time)
 
-            return grid.t[i], grid.t[i + 1], velocity, 1.0, 1.0
+            return schedule.t[i], schedule.t[i + 1], velocity, 1.0, 1.0
 
-        known = {grid.sigma_hat[j]: grid.t[j] for j in (i, i + 1)}
+        # The ends of the step have their exact times; only a stage within it (RK4) is inverted.
+        known = {schedule.sigma_hat[j]: schedule.t[j] for j in (i, i + 1)}
 
         def eps(y: Tensor, level: float) -> Tensor:
             t = (
@@ -72,7 +83,13 @@ class _FixedStepODE(StepSolver):
             m = problem.sde.mean_coef(torch.tensor(t, dtype=torch.float64)).item()
             return problem.eps(m * y, t)
 
-        return grid.sigma_hat[i], grid.sigma_hat[i + 1], eps, grid.m[i], grid.m[i + 1]
+        return (
+            schedule.sigma_hat[i],
+            schedule.sigma_hat[i + 1],
+            eps,
+            schedule.m[i],
+            schedule.m[i + 1],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +131,8 @@ class Heun(_FixedStepODE):
         u, u_next, slope, scale, scale_next = self._system(problem, i)
         y, h = x / scale, u_next - u
         first = slope(y, u)
+        # EDM's rule: eps of a state without noise means nothing, and in the variable time its
+        # factor g^2 / (2 sigma) is infinite
         if problem.schedule.sigma[i + 1] == 0:
             return scale_next * (y + h * first)
         second = slope(y + h * first, u_next)
@@ -163,7 +182,7 @@ def integrate_adaptive(
     The whole of ``y`` is one system: its error norm is the root mean square over all entries, so
     the steps depend on the batch.
 
-    Arguments:
+    Args:
         function: Takes a 0-d float64 time and the state.
         y: The state at ``start``.
         start: The first time.
@@ -215,6 +234,7 @@ def integrate_adaptive(
         except AssertionError as error:
             raise UserError(f"dopri5 failed, its steps became too small ({error})") from error
 
+    # scipy integrates forwards in u = direction * t
     direction = math.copysign(1.0, end - start)
 
     def flat(u: float, state: np.ndarray) -> np.ndarray:
@@ -240,7 +260,7 @@ class AdaptiveODE(Solver):
     then the integration stops at every time. The step is shared by the batch: report the batch size
     with the NFE.
 
-    Arguments:
+    Args:
         rtol, atol: Relative and absolute tolerance of a step.
         backend: ``"torchdiffeq"`` or ``"scipy"``.
         velocity_dtype: Precision of the coefficients and the velocity; None is the state's. The

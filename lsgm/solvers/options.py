@@ -64,12 +64,10 @@ def solver_options() -> dict[str, SolverOption]:
 
 
 def argument_docs(cls: type[Solver]) -> dict[str, str]:
-    """What the ``Arguments:`` of a solver and of its bases say, by argument, in one line each."""
+    """What the ``Args:`` of a solver and of its bases say, by argument, in one line each."""
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
-        _, _, section = inspect.cleandoc(base.__dict__.get("__doc__") or "").partition(
-            "Arguments:\n"
-        )
+        _, _, section = inspect.cleandoc(base.__dict__.get("__doc__") or "").partition("Args:\n")
         entries = re.findall(r"^    ([\w, ]+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
         for names, text in entries:
             plain = re.sub(r":\w+:`~?(.*?)`", r"\1", text).replace("``", "")

@@ -16,6 +16,19 @@ The outcome is a solver and a plain tensor of times: values, which can be saved 
 other noise. A pilot of ``P`` points determines the few numbers from ``P`` times as many equations
 as the state has components. The optimum of few-step grids by minimising the distance to accurate
 trajectories is also in arXiv 2402.17376 and 2405.11326, for other solvers and searches.
+
+>>> from lsgm.sde import VPSDE
+>>> from lsgm.solvers import make_solver
+>>> from lsgm.solvers.pilot import Pilot, fit_pilot
+>>> sde = VPSDE()
+>>> def eps(x, t):  # of data from N(0, 0.01 I)
+...     var = sde.var(t)[:, None]
+...     return var.sqrt() / (0.01 * sde.mean_coef(t)[:, None] ** 2 + var) * x
+>>> start = sde.prior_sample((8, 2), torch.Generator().manual_seed(0), dtype=torch.float64)
+>>> pilot = Pilot(sde, eps, start, t_end=1e-3)
+>>> fit = fit_pilot(pilot, make_solver("ddim"), nfe=4, iterations=2)
+>>> bool(fit.error < fit.start_error), len(fit.times)
+(True, 5)
 """
 
 from __future__ import annotations
@@ -36,13 +49,13 @@ from lsgm.solvers.grids import make_grid
 from lsgm.solvers.normal_reference import NormalReference
 from lsgm.solvers.ode import AdaptiveODE
 
-__all__ = ["Pilot", "PilotFit", "choose_pilot", "fit_pilot", "pilot_grid"]
+__all__ = ["Pilot", "PilotFit", "choose_pilot", "fit_pilot"]
 
-GRIDS = ("sqrt_time", "phi", "time")
+SCAN_GRIDS = ("sqrt_time", "phi", "time")
 """Grids that the scan tries besides the solver's own."""
-ALPHAS = (0.02, 0.3)
+SCAN_ALPHAS = (0.02, 0.3)
 """Values of alpha that the scan tries besides the solver's own and the fitted ones."""
-STRUCTURES = (
+SCAN_STRUCTURES = (
     (2, False, False),
     (3, False, False),
     (3, True, True),
@@ -62,7 +75,7 @@ ALPHA_LIMITS = (1e-4, 1 - 1e-4)
 class Pilot:
     """Pilot starting points, their accurate solution, and the count of network calls spent.
 
-    Arguments:
+    Args:
         sde: The forward SDE.
         eps_fn: The noise prediction.
         start: States at time 1, ``(P, *shape)``, best of the noise that generation starts from.
@@ -161,7 +174,7 @@ def fit_pilot(
     takes ``nfe`` calls; the scan takes some 25 solves (3 or 4 without ``fit_options``), each
     iteration as many as there are free steps, at most ``MAX_NODES + 2``.
 
-    Arguments:
+    Args:
         pilot: The pilot trajectories.
         solver: A deterministic fixed-step solver.
         nfe: Network calls of a solve at most.
@@ -180,7 +193,7 @@ def fit_pilot(
         solver, nfe = replace(solver, denoise=False), nfe - 1
     if iterations is None:
         iterations = max(2, min(8, MAX_CALLS // (nfe * (MAX_NODES + 2))))
-    before, grids = pilot.nfe, dict.fromkeys((solver.default_grid, *GRIDS))
+    before, grids = pilot.nfe, dict.fromkeys((solver.default_grid, *SCAN_GRIDS))
     solver.steps_for(nfe)
     found: list[_Try] = []
 
@@ -209,15 +222,6 @@ def fit_pilot(
     return PilotFit(chosen, best.times, best.error, start_error, pilot.nfe - before)
 
 
-def pilot_grid(
-    sde: LinearSDE, eps_fn: EpsFn, start: Tensor, solver: Solver, nfe: int, t_end: float
-) -> Tensor:
-    """The times of ``solver``, its options kept, that pilots from ``start (P, *shape)`` choose for
-    ``nfe`` network calls.
-    """
-    return fit_pilot(Pilot(sde, eps_fn, start, t_end), solver, nfe, fit_options=False).times
-
-
 def choose_pilot(
     sde: LinearSDE, eps_fn: EpsFn, start: Tensor, nfe: int, t_end: float, solver: Solver
 ) -> tuple[Solver, Tensor]:
@@ -244,7 +248,7 @@ def _structures(solver: Solver, nfe: int) -> list[Solver]:
         return []
     structures = [
         {"order": order, "corrector": corrector, "lower_order_final": lower, "corrector_from": 1}
-        for order, corrector, lower in STRUCTURES
+        for order, corrector, lower in SCAN_STRUCTURES
     ]
     candidates = [replace(solver, **structure) for structure in structures]
     return [candidate for candidate in candidates if candidate != solver]
@@ -253,7 +257,7 @@ def _structures(solver: Solver, nfe: int) -> list[Solver]:
 def _with_alphas(pilot: Pilot, solver: NormalReference) -> list[Solver]:
     """The solver with other values of alpha."""
     fitted = tuple(pilot.alpha.tolist())
-    return [replace(solver, alpha=a) for a in (*ALPHAS, fitted) if a != solver.alpha]
+    return [replace(solver, alpha=a) for a in (*SCAN_ALPHAS, fitted) if a != solver.alpha]
 
 
 def _kind(solver: Solver) -> tuple[object, ...]:

@@ -67,7 +67,7 @@ class Sampler:
     """How samples are drawn: ``sampler(sde, eps, shape, seed=...)``, or ``model.sample(n,
     sampler=sampler)``.
 
-    Arguments:
+    Args:
         solver: A solver, or the name of one (``lsgm.solvers.SOLVERS``) with its own options.
         nfe: Network calls on a batch, at most; 10 unless given. Adaptive solvers take none.
         grid: Where the steps lie: a name in ``GRIDS``, a function ``(sde, n, t_end) -> times``, or
@@ -194,7 +194,7 @@ class Sampler:
         Every state has noise of its own, by ``seed`` and its place, so that with fixed steps the
         first states are the same in a larger batch.
 
-        Arguments:
+        Args:
             sde: The forward SDE.
             eps: The noise prediction, ``x_t (B, *shape), t (B,) -> (B, *shape)``.
             shape: Of the states, batch first.

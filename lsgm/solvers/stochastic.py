@@ -1,4 +1,15 @@
-r"""Stochastic exponential integrators: few-step solvers of the reverse SDE."""
+r"""Stochastic exponential integrators: few-step solvers of the reverse SDE.
+
+>>> from lsgm.sde import VPSDE
+>>> from lsgm.solvers.grids import make_grid
+>>> from lsgm.solvers.stochastic import SDEDPMSolverPP
+>>> sde, rng = VPSDE(), torch.Generator().manual_seed(0)
+>>> times = make_grid("log_snr", sde, 50, 1e-3)
+>>> start = sde.prior_sample((500, 2), rng)
+>>> x = SDEDPMSolverPP().solve(sde, sde.normal_component, start, times, rng).x
+>>> abs(x.std().item() - 1) < 0.1  # samples of N(0, I)
+True
+"""
 
 from __future__ import annotations
 
@@ -21,7 +32,7 @@ class SDEDPMSolverPP(StepSolver):
     """SDE-DPM-Solver++ (arXiv 2211.01095 appendix): the reverse SDE with the data prediction linear
     in ``lambda``.
 
-    Arguments:
+    Args:
         order: 2 is "2M"; 1 uses the newest evaluation alone (the ancestral sampler). Weak order,
             which for "2M" holds for problems with a linear score (there it is measured); otherwise
             the prediction's dependence on the noise within a step is neglected.
@@ -39,8 +50,8 @@ class SDEDPMSolverPP(StepSolver):
         return num_steps
 
     def _step(self, problem: Problem, i: int, x: Tensor, history: list[Tensor]) -> Tensor:
-        grid = problem.schedule
-        lam = grid.log_snr
+        schedule = problem.schedule
+        lam = schedule.log_snr
         history.append(data_prediction(problem, x, i))
         del history[: -self.order]
         h = lam[i + 1] - lam[i]
@@ -48,8 +59,11 @@ class SDEDPMSolverPP(StepSolver):
         if len(history) == 2:
             data = data + 0.5 * h / (lam[i] - lam[i - 1]) * (history[-1] - history[-2])
         fresh = -math.expm1(-2 * h)
-        x = grid.sigma[i + 1] / grid.sigma[i] * math.exp(-h) * x + grid.m[i + 1] * fresh * data
-        return x + grid.sigma[i + 1] * math.sqrt(fresh) * problem.noise(x)
+        x = (
+            schedule.sigma[i + 1] / schedule.sigma[i] * math.exp(-h) * x
+            + schedule.m[i + 1] * fresh * data
+        )
+        return x + schedule.sigma[i + 1] * math.sqrt(fresh) * problem.noise(x)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +74,7 @@ class EDMChurn(StepSolver):
     Each step first adds noise, up to a slightly earlier time, then takes a Heun step of the
     probability-flow ODE. The added noise never leads beyond ``t = 1``.
 
-    Arguments:
+    Args:
         churn: Total amount of added noise (the paper's S_churn); 0 is the deterministic sampler.
         churn_min, churn_max: Noise levels ``sigma / m`` between which noise is added (S_tmin,
             S_tmax).
@@ -88,9 +102,9 @@ class EDMChurn(StepSolver):
         return 2 * num_steps
 
     def _step(self, problem: Problem, i: int, x: Tensor, history: list[Tensor]) -> Tensor:
-        grid = problem.schedule
-        level, next_level = grid.sigma_hat[i], grid.sigma_hat[i + 1]
-        y, t, m, raised = x / grid.m[i], grid.t[i], grid.m[i], level
+        schedule = problem.schedule
+        level, next_level = schedule.sigma_hat[i], schedule.sigma_hat[i + 1]
+        y, t, m, raised = x / schedule.m[i], schedule.t[i], schedule.m[i], level
         if self.churn > 0 and self.churn_min <= level <= self.churn_max:
             highest = noise_level(problem.sde, torch.ones(1, dtype=torch.float64)).item()
             factor = 1 + min(self.churn / problem.num_steps, math.sqrt(2) - 1)
@@ -103,6 +117,6 @@ class EDMChurn(StepSolver):
         first = problem.eps(m * y, t)
         end = y + (next_level - raised) * first
         if next_level > 0:
-            second = problem.eps(grid.m[i + 1] * end, grid.t[i + 1])
+            second = problem.eps(schedule.m[i + 1] * end, schedule.t[i + 1])
             end = y + 0.5 * (next_level - raised) * (first + second)
-        return grid.m[i + 1] * end
+        return schedule.m[i + 1] * end

@@ -62,7 +62,7 @@ def write_npz(
 ) -> Iterator[dict[str, ArrayStream]]:
     """Streams by name, written to ``file`` as a compressed NPZ when the block ends without error.
 
-    Arguments:
+    Args:
         file: Binary file, open for writing.
         names: Names of the arrays.
         scratch: Folder for the temporary files, which leave nothing behind.

@@ -22,11 +22,11 @@ from vae.random import Rng
 
 __all__ = [
     "Counters",
-    "Side",
     "Stage",
     "StepContext",
     "StepOutput",
     "TrainState",
+    "Trainable",
     "architecture_mismatch",
     "first_non_finite",
 ]
@@ -110,7 +110,7 @@ class Stage(nn.Module, ABC):
 
 
 @dataclass
-class Side:
+class Trainable:
     """One trainable module with what trains it."""
 
     module: nn.Module
@@ -179,7 +179,7 @@ class TrainState:
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch
         self.sides = {
-            name: Side(
+            name: Trainable(
                 module,
                 optims[name],
                 make_optimizer(module.parameters(), optims[name]),
@@ -379,7 +379,7 @@ def architecture_mismatch(
     return "; ".join(parts)
 
 
-def _check_cover(stage: Stage, sides: Mapping[str, Side]) -> None:
+def _check_cover(stage: Stage, sides: Mapping[str, Trainable]) -> None:
     owner: dict[int, str] = {}
     for name, side in sides.items():
         for p in side.parameters:

@@ -43,7 +43,6 @@ __all__ = [
     "ConvergenceRow",
     "convergence",
     "exact_iw_bound",
-    "format_convergence",
     "iw",
     "iw_of_groups",
     "path_iw_bound",
@@ -315,17 +314,3 @@ def convergence(
         log_w = torch.cat(log_ws, 1)
         rows += [ConvergenceRow(number, n, Estimate.of(iw_of_groups(log_w, n))) for n in k]
     return tuple(rows)
-
-
-def format_convergence(rows: Sequence[ConvergenceRow]) -> str:
-    """A Markdown table, nats an image: one line per number of steps, one column per ``k``."""
-    columns = sorted({row.k for row in rows})
-    cells = {(row.steps, row.k): row.nats for row in rows}
-    lines = [
-        f"| steps | {' | '.join(f'IW-{k}' for k in columns)} |",
-        "|---" * (len(columns) + 1) + "|",
-    ]
-    for steps in sorted({row.steps for row in rows}):
-        found = [cells[steps, k] for k in columns if (steps, k) in cells]
-        lines.append(f"| {steps} | {' | '.join(map(str, found))} |")
-    return "\n".join(lines)

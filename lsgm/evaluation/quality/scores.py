@@ -146,7 +146,7 @@ class SampleQualityReport:
 
     Attributes:
         samples: With the sampler as it was given.
-        ladder: With other numbers of evaluations, the same noise otherwise; beside an adaptive
+        by_nfe: With other numbers of evaluations, the same noise otherwise; beside an adaptive
             sampler, those of the model's own.
         floor: As many training images in place of samples: what a perfect model would be likely to
             score. None where there are too few.
@@ -159,7 +159,7 @@ class SampleQualityReport:
     """
 
     samples: QualityPoint
-    ladder: tuple[QualityPoint, ...]
+    by_nfe: tuple[QualityPoint, ...]
     floor: QualityPoint | None
     extractor: str
     preprocessing: str
@@ -174,10 +174,11 @@ class SampleQualityReport:
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, without the time."""
-        values = {k: v for k, v in self.__dict__.items() if k != "seconds"}
+        """Plain values for JSON, without the time; ``by_nfe`` is the key ``ladder`` there."""
+        names = {"by_nfe": "ladder"}
+        values = {names.get(k, k): v for k, v in self.__dict__.items() if k != "seconds"}
         values["samples"] = self.samples.as_dict()
-        values["ladder"] = [point.as_dict() for point in self.ladder]
+        values["ladder"] = [point.as_dict() for point in self.by_nfe]
         values["floor"] = self.floor.as_dict() if self.floor else None
         values["notes"] = list(self.notes)
         return values
@@ -403,10 +404,10 @@ def sample_quality(
         return score(extract(extractor, images), label, drawn.nfe)
 
     samples = point(sampling)
-    ladder = ()
+    by_nfe = ()
     if samples.nfe:  # a VAE under N(0, I) evaluates no network that a solver would call
         steps = _with_fixed_steps(sampling)
-        ladder = tuple(point(replace(steps, nfe=nfe)) for nfe in options.nfe)
+        by_nfe = tuple(point(replace(steps, nfe=nfe)) for nfe in options.nfe)
     floor = None
     if len(datasets.train) >= options.num:
         index = epoch_order(len(datasets.train), options.seed, 0)[: options.num]
@@ -423,7 +424,7 @@ def sample_quality(
         notes.append(f"Fewer than {options.num} training images: no floor.")
     return SampleQualityReport(
         samples=samples,
-        ladder=ladder,
+        by_nfe=by_nfe,
         floor=floor,
         extractor=extractor.name,
         preprocessing=extractor.preprocessing,

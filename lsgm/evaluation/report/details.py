@@ -30,7 +30,7 @@ from lsgm.evaluation.quality.distances import Neighbours, nearest_neighbours
 from lsgm.evaluation.quality.feature_classifier import data_hash, unpadded
 from lsgm.evaluation.quality.scores import SampleQualityReport, sample_quality
 from lsgm.evaluation.report.options import EvaluateOptions
-from lsgm.evaluation.report.published import PublishedLadder, published_for
+from lsgm.evaluation.report.published import PublishedTable, published_for
 from lsgm.models.base import Model
 from lsgm.models.latent import VAEModel
 from lsgm.models.release import WEIGHTS
@@ -88,7 +88,7 @@ class Details:
     curves: tuple[BoundCurve, ...]
     quality: SampleQualityReport | None
     neighbours: NeighbourSummary
-    published: PublishedLadder | None
+    published: PublishedTable | None
     num_test: int
     repeat: dict[str, Any]
     model: str

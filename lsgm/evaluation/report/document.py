@@ -7,7 +7,6 @@ digit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from lsgm.evaluation.quality.scores import QualityPoint, SampleQualityReport, di
 from lsgm.evaluation.report.details import Details
 from lsgm.evaluation.report.figures import Series, bound_plot, decomposition_plot, quality_plot
 from lsgm.system.files import atomic_write_json, atomic_write_text, json_text
+from lsgm.system.markdown import markdown_table
 from lsgm.system.pictures import neighbours_grid, save_grid
 
 __all__ = [
@@ -87,7 +87,7 @@ def _plots(details: Details, out: Path, neighbours: int) -> None:
             for curve in details.curves
         ]
         bound_plot(series, out / "bounds.png")
-    if details.quality and details.quality.ladder:
+    if details.quality and details.quality.by_nfe:
         points = _by_nfe(details.quality)
         scores = [point.scores["frechet"] for point in points]
         series = Series(
@@ -109,8 +109,8 @@ def _plots(details: Details, out: Path, neighbours: int) -> None:
 
 
 def _by_nfe(quality: SampleQualityReport) -> list[QualityPoint]:
-    """The samples and the ladder by their evaluations, each number once."""
-    points = {point.nfe or 0.0: point for point in (*quality.ladder, quality.samples)}
+    """The samples of every number of evaluations, each number once."""
+    points = {point.nfe or 0.0: point for point in (*quality.by_nfe, quality.samples)}
     return [points[nfe] for nfe in sorted(points)]
 
 
@@ -132,14 +132,6 @@ def markdown(report: Any, details: Details, out: Path) -> str:
         *_timings(report, details),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    def line(cells: Sequence[str]) -> str:
-        escaped = (cell.replace("|", r"\|") for cell in cells)
-        return f"| {' | '.join(escaped)} |"
-
-    return "\n".join([line(head), "|---" * len(head) + "|", *map(line, rows)])
 
 
 def _nats(estimate: Estimate | None) -> str:
@@ -169,7 +161,7 @@ def _likelihood(bounds: dict[str, LikelihoodReport]) -> list[str]:
     head = (
         "number", "nats", "bits/dim", "reconstruction", "KL", "images", "estimator", "settings",
     )  # fmt: skip
-    return ["## Likelihood", _table(head, rows)]
+    return ["## Likelihood", markdown_table(head, rows)]
 
 
 def _decomposition(details: Details) -> list[str]:
@@ -181,7 +173,9 @@ def _decomposition(details: Details) -> list[str]:
         "## Where the nats are",
         f"NELBO of {parts.num_images} images, {parts.estimator}, seed {parts.seed}. Groups are "
         "counted from the coarsest.",
-        _table(("part", "under", "nats"), [*rows, ("**NELBO**", "", f"**{_nats(parts.total)}**")]),
+        markdown_table(
+            ("part", "under", "nats"), [*rows, ("**NELBO**", "", f"**{_nats(parts.total)}**")]
+        ),
     ]
     if parts.under_normal:
         under = ", ".join(f"{_nats(term.nats)}" for term in parts.under_normal)
@@ -201,7 +195,7 @@ def _curves(details: Details) -> list[str]:
         "## Bound against importance weights",
         f"{first.num_images} images, drawn at random if there are more, seed {first.seed}; a bound "
         "with fewer weights is the mean over groups of the same draws.",
-        _table(("bound", *(f"k = {k}" for k in first.k)), rows),
+        markdown_table(("bound", *(f"k = {k}" for k in first.k)), rows),
         "![bound against importance weights](bounds.png)",
     ]
 
@@ -232,9 +226,9 @@ def _quality(quality: SampleQualityReport) -> list[str]:
     text = [
         "## Sample quality",
         "\n".join(facts),
-        _table(("score", *(point.label for point in points)), rows),
+        markdown_table(("score", *(point.label for point in points)), rows),
     ]
-    if quality.ladder:
+    if quality.by_nfe:
         text += [_differences(quality), "![quality against evaluations](quality.png)"]
     return text
 
@@ -243,7 +237,7 @@ def _differences(quality: SampleQualityReport) -> str:
     """Which numbers of evaluations differ by more than their error from the sampler's own."""
     own = quality.samples.scores["frechet"]
     found = []
-    for point in quality.ladder:
+    for point in quality.by_nfe:
         value, error = difference(point.scores["frechet"], own)
         found.append(f"{point.nfe:g}: {value:+.3g} +- {error:.2g}")
     return (
@@ -277,18 +271,18 @@ def _pictures(report: Any, details: Details, out: Path) -> list[str]:
 
 
 def _published(details: Details) -> list[str]:
-    ladder = details.published
-    if ladder is None:
+    table = details.published
+    if table is None:
         return []
     rows = (
         (number.model, f"{'<= ' * number.bound}{number.nats:.2f}", f"arXiv {number.citation}",
          number.source)
-        for number in ladder.numbers
+        for number in table.numbers
     )  # fmt: skip
     return [
         "## Published numbers",
-        ladder.caveat(details.num_test),
-        _table(("model", "nats", "method", "number"), rows),
+        table.caveat(details.num_test),
+        markdown_table(("model", "nats", "method", "number"), rows),
     ]
 
 

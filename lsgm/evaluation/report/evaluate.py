@@ -39,6 +39,7 @@ from lsgm.sampling.sampler import given_solver_options
 from lsgm.system.curves import learning_curves, read_metrics
 from lsgm.system.device import choose_device
 from lsgm.system.files import atomic_write_json, check_output, sweep
+from lsgm.system.markdown import markdown_table
 from lsgm.system.pictures import image_grid, reconstruction_grid, save_grid
 from lsgm.system.progress import progress_bar
 
@@ -301,14 +302,11 @@ def format_table(reports: Sequence[RunReport]) -> str:
     ``against first``: the difference to the first run's number of the same metric (or its first
     bound), image by image, with the standard error of the paired difference.
     """
-    lines = [
-        f"| {' | '.join(COLUMNS)} |",
-        "|---" * len(COLUMNS) + "|",
-    ]
+    rows = []
     for report in reports:
         for name, bound in report.bounds.items():
             first = reports[0].bounds.get(name) or next(iter(reports[0].bounds.values()))
-            cells = [
+            row = [
                 report.run.name,
                 bound.bound,
                 str(bound.num_images),
@@ -320,8 +318,8 @@ def format_table(reports: Sequence[RunReport]) -> str:
                 f"{report.sampling['nfe']:g}",
                 f"{1000 * report.sampling['seconds_per_sample']:.2f}",
             ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append(row)
+    return markdown_table(COLUMNS, rows)
 
 
 def _difference(bound: LikelihoodReport, first: LikelihoodReport) -> str:

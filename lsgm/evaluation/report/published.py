@@ -9,7 +9,7 @@ from typing import Any
 
 __all__ = [
     "PUBLISHED",
-    "PublishedLadder",
+    "PublishedTable",
     "PublishedNumber",
     "published_for",
 ]
@@ -32,7 +32,7 @@ class PublishedNumber:
 
 
 @dataclass(frozen=True)
-class PublishedLadder:
+class PublishedTable:
     """Numbers on a dataset's test images, worst first, and how their data differ from ours."""
 
     data: str
@@ -55,8 +55,8 @@ class PublishedLadder:
         return asdict(self)
 
 
-PUBLISHED: dict[str, PublishedLadder] = {
-    "omniglot": PublishedLadder(
+PUBLISHED: dict[str, PublishedTable] = {
+    "omniglot": PublishedTable(
         "OMNIGLOT at 28x28, dynamically binarised.",
         8070,
         (
@@ -71,7 +71,7 @@ PUBLISHED: dict[str, PublishedLadder] = {
             PublishedNumber("LSGM (NELBO by the ODE)", 87.79, "2106.05931", SECOND_HAND, True),
         ),
     ),
-    "mnist": PublishedLadder(
+    "mnist": PublishedTable(
         "MNIST, dynamically binarised.",
         10000,
         (
@@ -88,6 +88,6 @@ PUBLISHED: dict[str, PublishedLadder] = {
 """By dataset; the citation is an arXiv number."""
 
 
-def published_for(dataset: str) -> PublishedLadder | None:
+def published_for(dataset: str) -> PublishedTable | None:
     """The numbers on this dataset, if there are any here."""
     return PUBLISHED.get(dataset)

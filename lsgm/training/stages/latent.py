@@ -19,7 +19,7 @@ from lsgm.data.preprocess import preprocess
 from lsgm.errors import UserError
 from lsgm.models.latent import LSGM, VAEModel
 from lsgm.networks.resample import FIRConvDownsample, FIRConvUpsample
-from lsgm.objectives import NormalReference, PriorLosses, prior_losses
+from lsgm.objectives import NormalControlVariate, PriorLosses, prior_losses
 from lsgm.tensors import sum_except_batch
 from lsgm.times import TimeProposal, make_proposal
 from lsgm.training.state import Stage, StepContext, StepOutput
@@ -169,7 +169,7 @@ class LSGMStage(Stage):
         self.proposal_q = (
             None if name_q == "same" else self._proposal("proposal_q", name_q, self.likelihood)
         )
-        self.reference = NormalReference.of(model.sde) if prior.control_variate else None
+        self.control_variate = NormalControlVariate.of(model.sde) if prior.control_variate else None
         # As published: the objectives are equal with one draw and one weighting.
         self.balance_prior = (
             prior.kl_scales_prior
@@ -274,7 +274,7 @@ class LSGMStage(Stage):
             proposal_q=self.proposal_q,
             balance=balance if balanced or free_bits > 0 else coefficient,
             eps_fn_q=self._average_prior[0] if self._average_prior else None,
-            reference=self.reference,
+            control_variate=self.control_variate,
             stratified=self.stratified,
             balance_prior=self.balance_prior,
             loss_scale=context.loss_scale,
