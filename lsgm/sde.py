@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from lsgm.config.checks import require
+from lsgm.errors import require
 from lsgm.tensors import expand_like, sum_except_batch
 from vae.random import Rng, randn
 

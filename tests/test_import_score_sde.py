@@ -177,7 +177,8 @@ def shelf(monkeypatch: Any, tmp_path: Path) -> Callable[..., None]:
     def put(**configs: NCSNTrainConfig) -> None:
         for name, config in configs.items():
             save_config(config, tmp_path / f"{name}.yaml")
-        monkeypatch.setattr(score_sde_configs, "CONFIGS", tmp_path)
+        files = {name: tmp_path / f"{name}.yaml" for name in configs}
+        monkeypatch.setattr(score_sde_configs, "packaged_configs", lambda: files)
         monkeypatch.setattr(score_sde_configs, "PUBLISHED", {f"x/{n}": n for n in configs})
 
     return put
@@ -208,7 +209,7 @@ def test_found_by_the_name_of_the_folder(shelf: Any, tmp_path: Path) -> None:
 
 def test_every_published_checkpoint_has_a_configuration() -> None:
     for name in score_sde_configs.PUBLISHED.values():
-        config = load_config(NCSNTrainConfig, score_sde_configs.CONFIGS / f"{name}.yaml")
+        config = load_config(NCSNTrainConfig, name)
         assert config.sampler.solver == "discrete_pc"
     names = list(score_sde_configs.PUBLISHED)
     assert len(names) == 16
@@ -375,8 +376,7 @@ def test_the_largest_import_needs_little_more_memory_than_its_weights(tmp_path: 
     peak is that beyond what the imports take.
     """
     name = "ve/ffhq_1024_ncsnpp_continuous"
-    file = score_sde_configs.CONFIGS / f"{score_sde_configs.PUBLISHED[name]}.yaml"
-    config = load_config(NCSNTrainConfig, file)
+    config = load_config(NCSNTrainConfig, score_sde_configs.PUBLISHED[name])
     spec = DataSpec("folder", 3, 1024, 0, binary=False, flip=True)
     model = build_data_model(config.kind, config.score, config.sampler, spec)
     moments = [v.clone() for v in published_state(model).values()]

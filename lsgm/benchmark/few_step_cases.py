@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class RingMixture:
     def sample(self, num: int, t: float, rng: torch.Generator) -> Tensor:
         """Draws of ``z_t``, ``(num, 2)`` float64."""
         index = torch.randint(self.components, (num,), generator=rng)
-        options = {"device": torch.device("cpu"), "dtype": torch.float64}
+        options: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float64}
         data = self.means[index] + self.std * randn((num, 2), rng, **options)
         times = torch.full((num,), t, dtype=torch.float64)
         return self.sde.perturb(data, times, randn((num, 2), rng, **options))

@@ -236,10 +236,10 @@ def measure_images(
     return f"## {case.name}\n\n{kind}, images of {shape}. {said}\n\n{table}\n"
 
 
-def few_step_images_command(argv: Sequence[str]) -> None:
-    """``benchmark.py few-step-images [--run RUN ...] [--nfe N ...] [--out FILE] ...``."""
+def few_step_images_command(argv: Sequence[str], prog: str = "few-step-images") -> None:
+    """``benchmark few-step-images [--run RUN ...] [--nfe N ...] [--out FILE] ...``."""
     line = parse_command_line(
-        FewStepImagesOptions, argv, extra=(), prog="benchmark.py few-step-images",
+        FewStepImagesOptions, argv, extra=(), prog=prog,
         description=__doc__,
     )  # fmt: skip
     options = line.config

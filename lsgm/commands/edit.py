@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lsgm.commands.subcommands import choose_subcommand
 from lsgm.config.checks import require_at_most
 from lsgm.config.command_line import parse_command_line
 from lsgm.data import build_datasets
@@ -47,6 +48,7 @@ __all__ = [
     "InpaintOptions",
     "InterpolateOptions",
     "ResampleOptions",
+    "edit",
     "edit_command",
 ]
 
@@ -399,8 +401,24 @@ COMMANDS: dict[str, tuple[type[EditOptions], Callable[[Any], None]]] = {
 }
 """Options and action of each command."""
 
+SHOWN = tuple(
+    "run index files samples out mask labels guidance classifier judge steps between keep solver "
+    "nfe t_end denoise temperature batch_size seed data_root device".split()
+)
+"""The options that ``--help`` shows."""
 
-def edit_command(name: str, argv: Sequence[str]) -> None:
+
+def edit(argv: Sequence[str], prog: str) -> None:
+    """Change images with a trained run: fill in pixels, colour grey images, draw given classes, go
+    from one image to another, encode and decode, or draw some latent groups anew. Each writes a PNG
+    grid.
+    """
+    chosen = choose_subcommand(COMMANDS, argv, prog, edit.__doc__)
+    if chosen is not None:
+        edit_command(*chosen, prog)
+
+
+def edit_command(name: str, argv: Sequence[str], prog: str = "edit.py") -> None:
     """Run a command.
 
     Raises:
@@ -409,6 +427,7 @@ def edit_command(name: str, argv: Sequence[str]) -> None:
     if name not in COMMANDS:
         raise UserError(f"{name}: no such edit; known are {', '.join(COMMANDS)}")
     options, action = COMMANDS[name]
-    chosen = parse_command_line(options, argv, extra=(), prog=f"edit.py {name}").config
+    line = parse_command_line(options, argv, extra=(), prog=f"{prog} {name}", shown=SHOWN)
+    chosen = line.config
     check_output(chosen.out, "--out")
     action(chosen)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lsgm.config.command_line import parse_command_line
 from lsgm.errors import UserError
 from lsgm.models.base import Batch
 from lsgm.models.loading import load, require_run
@@ -26,12 +27,30 @@ from lsgm.system.progress import progress_bar
 from lsgm.training.checkpoint_model import load_checkpoint
 
 __all__ = [
+    "SHOWN",
     "SampleOptions",
+    "sample",
     "sample_to_file",
 ]
 
 MAX_GRID_IMAGES = 1024
 """Most images that a PNG grid may hold: more could not be told apart."""
+
+SHOWN = tuple(
+    "run checkpoint n index out dtype latents solver nfe grid t_end tolerance denoise temperature "
+    "batch_size seed device".split()
+)
+"""The options that ``--help`` shows."""
+
+
+def sample(argv: Sequence[str], prog: str) -> None:
+    """Draw images from a trained run: a PNG grid, a folder of PNGs, or an NPZ with the array
+    `images` (N, C, H, W) in [0, 1].
+    """
+    line = parse_command_line(
+        SampleOptions, argv, extra=(), prog=prog, description=sample.__doc__, shown=SHOWN
+    )
+    sample_to_file(line.config)
 
 
 @dataclass(frozen=True)

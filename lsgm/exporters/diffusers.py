@@ -7,7 +7,6 @@ folder's options back into a network and comparing it with the model's, layer by
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -226,9 +225,13 @@ def _layers(network: nn.Module) -> dict[str, str]:
     """Kinds, numbers and sizes of all layers, in words."""
     described = {}
     for name, module in network.named_modules():
-        style: Mapping[str, Any] = getattr(module, "style", None) and vars(module.style)
+        style = getattr(module, "style", None)
         said = [type(module).__name__]
-        said += [f"{key} {value}" for key, value in (style or {}).items() if key == "rescale"]
+        said += [
+            f"{key} {value}"
+            for key, value in (vars(style) if style else {}).items()
+            if key == "rescale"
+        ]
         if isinstance(module, nn.GroupNorm):
             said.append(f"{module.num_groups} groups")
         own = {key: tuple(value.shape) for key, value in module.named_parameters(recurse=False)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ def evaluate_vae(
     samples and reconstructions.
     """
     train, world, spec = context.config, context.world, model.spec
-    shared = {
+    shared: dict[str, Any] = {
         "num_bits": model.num_bits,
         "batch_size": _batch_size(context),
         "binarisation_seed": data.eval_binarisation_seed,

@@ -190,7 +190,8 @@ def posterior_draw(model: LSGM, taps: Sequence[Tensor], x: Tensor, rng: Rng) -> 
     log_p_rest = torch.zeros_like(reconstruction)
     for e in eps[model.vae.num_groups_per_scale :]:
         log_p_rest = log_p_rest + sum_except_batch(standard_normal_log_prob(e).double())
-    log_q = sum(sum_except_batch(part.double()) for part in output.posterior.log_q)
+    zero = torch.zeros_like(reconstruction)
+    log_q = sum((sum_except_batch(part.double()) for part in output.posterior.log_q), zero)
     return PosteriorDraw(model.vae.concat_top(eps).float(), reconstruction, log_q, log_p_rest)
 
 

@@ -346,7 +346,8 @@ def _with_fixed_steps(sampling: SolverOptions) -> SolverOptions:
     """
     if sampling.solver is None or make_solver(sampling.solver).evaluations(1) is not None:
         return sampling
-    return replace(sampling, solver=None, tolerance=None)
+    none: dict[str, Any] = {"tolerance": None}
+    return replace(sampling, solver=None, **none)
 
 
 def sample_quality(
@@ -379,7 +380,7 @@ def sample_quality(
         options.extractor or "classifier", datasets, cache=cache, device=model.device
     )
     seed = data.eval_binarisation_seed if data else 0
-    shared = {"convention": options.images, "seed": seed, "cache": cache}
+    shared: dict[str, Any] = {"convention": options.images, "seed": seed, "cache": cache}
     real_sha256 = data_hash(datasets.test)
     real = real_activations(datasets.test, spec, extractor, data_sha256=real_sha256, **shared)
 
@@ -404,7 +405,7 @@ def sample_quality(
         return score(extract(extractor, images), label, drawn.nfe)
 
     samples = point(sampling)
-    by_nfe = ()
+    by_nfe: tuple[QualityPoint, ...] = ()
     if samples.nfe:  # a VAE under N(0, I) evaluates no network that a solver would call
         steps = _with_fixed_steps(sampling)
         by_nfe = tuple(point(replace(steps, nfe=nfe)) for nfe in options.nfe)

@@ -107,7 +107,8 @@ def examine(
     Raises:
         UserError: The extractor or the sampler of ``options`` is not available.
     """
-    decomposition, curves = None, ()
+    decomposition: Decomposition | None = None
+    curves: tuple[BoundCurve, ...] = ()
     if model.has_latents:
         dataset = datasets.test if options.split == "test" else datasets.train
 

@@ -174,14 +174,14 @@ def _run_metric(
         binarisation_seed=data.eval_binarisation_seed,
         device=model.device,
     )
-    settings: dict[str, Any] = {
+    settings: dict[str, dict[str, Any]] = {
         "nelbo": {"samples": options.samples},
         "normal": {"samples": options.samples},
         "iw": {"k": options.k, "steps": options.iw_steps},
         "ode": {"tolerance": options.tolerance},
         "iw_exact": {"k": options.k, "tolerance": options.tolerance},
         "bits": {"tolerance": options.tolerance},
-    }[name]
+    }
     total = len(batches.index)
     with progress_bar(total=total, desc=f"{label} {name}", unit="img", leave=False) as bar:
         return METRICS[name](
@@ -189,7 +189,7 @@ def _run_metric(
             batches,
             seed=options.seed,
             callback=bar.update,
-            **settings,
+            **settings[name],
             batch_size=options.batch_size,
             binarisation_seed=data.eval_binarisation_seed if model.spec.binary else None,
             subset_seed=SUBSET_SEED if total < len(dataset) else None,

@@ -8,27 +8,29 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
+
 import torch
-from lsgm.models.classifier import (build_classifier)
-from lsgm.config.training import (NCSNTrainConfig)
-from lsgm.config.architecture import (ScoreModelConfig)
+
+from lsgm.config.architecture import ScoreModelConfig
+from lsgm.config.training import NCSNTrainConfig
 from lsgm.data import Batches, Datasets
 from lsgm.data.pixels import Pixels
-from lsgm.models.images import (DataSGM, build_data_model)
 from lsgm.errors import UserError
-from lsgm.system.curves import (learning_curves, read_metrics)
-from lsgm.system.files import (RunFolder)
-from lsgm.models.release import (save)
+from lsgm.models.classifier import build_classifier
+from lsgm.models.images import DataSGM, build_data_model
+from lsgm.models.release import save
 from lsgm.networks.classifier import Classifier
 from lsgm.noise_ladder import NoiseLadder
 from lsgm.sde import largest_squared_distance
-from lsgm.training.stages.classifier import (ClassifierStage)
+from lsgm.system.curves import learning_curves, read_metrics
+from lsgm.system.files import RunFolder
 from lsgm.training.distributed import distributed
 from lsgm.training.evaluation import evaluate_classifier, evaluate_score_model
-from lsgm.training.runs.launch import (OpenRun, fit_run, open_run)
 from lsgm.training.loop import EvalContext
-from lsgm.training.runs.resume import (Resume)
-from lsgm.training.stages.score import (ScoreStage)
+from lsgm.training.runs.launch import OpenRun, fit_run, open_run
+from lsgm.training.runs.resume import Resume
+from lsgm.training.stages.classifier import ClassifierStage
+from lsgm.training.stages.score import ScoreStage
 from lsgm.training.state import TrainState
 
 __all__ = [

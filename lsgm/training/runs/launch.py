@@ -9,16 +9,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
-from lsgm.config.training import (DataConfig, OptimConfig, TrainConfig)
+
+from lsgm.config.training import DataConfig, OptimConfig, TrainConfig
 from lsgm.data import Batches, Datasets, build_datasets, fitting_batch_size
 from lsgm.errors import UserError
-from lsgm.system.files import (RunFolder, atomic_write_json)
-from lsgm.system.locks import (FolderLock)
-from lsgm.models.release import (Described)
+from lsgm.models.release import Described
+from lsgm.system.files import RunFolder, atomic_write_json
+from lsgm.system.locks import FolderLock
 from lsgm.training.best import BestWeights, Release
 from lsgm.training.distributed import World, on_main
 from lsgm.training.loop import EvalContext, fit
-from lsgm.training.runs.resume import (Plan, Resume, plan, record_changes, release_notes)
+from lsgm.training.runs.resume import Plan, Resume, plan, record_changes, release_notes
 from lsgm.training.state import Stage
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "fit_run",
     "open_run",
 ]
+
 
 class RunConfig(Protocol):
     """What the configurations of all runs have in common."""
