@@ -1,6 +1,7 @@
 """Latent score-based generative models (arXiv 2106.05931), and score-based models of images.
 
-``lsgm.load(RUN)`` opens a finished run folder anywhere. The names below are the public ones;
+``lsgm.load(RUN)`` opens a finished run folder anywhere; ``lsgm.fit(MODEL, DATA, out=RUN)``
+trains one in Python. The names below are the public ones;
 each is imported when it is first used, so that ``import lsgm`` and ``import lsgm.sde`` stay light.
 
 Example:
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from lsgm.solvers import make_solver as make_solver
     from lsgm.solvers.sampler import Sampler as Sampler
     from lsgm.times import make_proposal as make_proposal
+    from lsgm.training.fit import fit as fit
     from lsgm.weighting import make_weighting as make_weighting
     from vae import HierarchicalVAE as HierarchicalVAE
 
@@ -89,7 +91,8 @@ _HOMES = {
     "MixedNormalScore": "lsgm.score",
     "DataScore": "lsgm.networks.data_score",
     "NCSNpp": "lsgm.networks",
-    # Training objectives
+    # Training
+    "fit": "lsgm.training.fit",
     "make_weighting": "lsgm.weighting",
     "make_proposal": "lsgm.times",
     "denoising_score_matching": "lsgm.objectives",

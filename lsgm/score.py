@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from lsgm.sde import LinearSDE
+from lsgm.tensors import expand_like
 
-__all__ = ["EpsFn", "MixedNormalScore", "Prediction"]
+__all__ = ["EpsFn", "MixedNormalScore", "NetworkScore", "Prediction"]
 
 Prediction: TypeAlias = Literal["noise", "correction"]
 """What the network of a mixed-Normal score predicts."""
@@ -162,3 +163,40 @@ class MixedNormalScore(nn.Module):
             if self.predict == "correction":
                 return torch.addcmul(normal, mixing, residual.to(dtype))
             return torch.lerp(normal, residual.to(dtype), mixing)
+
+
+class NetworkScore(nn.Module):
+    """Any network ``(x, t)`` as a noise prediction under any linear SDE.
+
+    ``eps = normal(x_t, t) + network(x_t / sqrt(total_var(t)), t)``, where the Normal component
+    (:meth:`lsgm.sde.LinearSDE.normal_component`) is there if asked for: what the network sees has
+    unit variance at every time if the data have (arXiv 2206.00364 section 5).
+
+    Args:
+        network: maps ``(B, *shape)``, ``t (B,)`` to ``(B, *shape)``.
+        sde: the diffusion.
+        normal: whether the network corrects the prediction for N(0, I) data (arXiv 2106.05931
+            section 3.2), rather than making all of it.
+    """
+
+    def __init__(self, network: nn.Module, sde: LinearSDE, normal: bool = False) -> None:
+        super().__init__()
+        self.network = network
+        self.sde = sde
+        self.normal = normal
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Predicted noise ``(B, *shape)`` in float32, or in the dtype of ``x_t`` if wider.
+
+        ``x_t``: ``(B, *shape)``; ``t``: ``(B,)`` or a scalar.
+        """
+        dtype = next(self.network.parameters(), x_t).dtype
+        wide = torch.promote_types(x_t.dtype, torch.float32)
+        with torch.autocast(x_t.device.type, enabled=False):
+            t = t.to(x_t.device).reshape(-1).expand(len(x_t))
+            x = x_t * expand_like(self.sde.total_var(t).rsqrt(), x_t)
+        eps = self.network(x.to(dtype), t.to(dtype)).to(wide)
+        if not self.normal:
+            return eps
+        with torch.autocast(x_t.device.type, enabled=False):
+            return eps + self.sde.normal_component(x_t.to(wide), t)

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 
 import torch
 from torch import Tensor
 
+from lsgm.bisection import invert
 from lsgm.errors import require
+from lsgm.registry import SDES
 from lsgm.tensors import expand_like, sum_except_batch
 from vae.random import Rng, randn
 
@@ -34,44 +36,65 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
 class LinearSDE(ABC):
-    """A scalar linear SDE. Data sit at ``t = 0``; training uses ``t`` in ``[time_eps, 1]``."""
+    r"""A scalar linear SDE. Data sit at ``t = 0``; training uses ``t`` in ``[t_min, 1]``.
 
-    @property
-    @abstractmethod
-    def t_min(self) -> float:
-        """Lower end of the training interval (the ``time_eps`` field)."""
+    An SDE of your own gives the kernel, :meth:`mean_coef` and an increasing :meth:`var`; all else
+    has a default that follows from them, which a closed form may override::
 
-    @property
-    @abstractmethod
-    def initial_var(self) -> float:
-        """Variance of the kernel at ``t = 0``, the paper's ``sigma_0^2``."""
+        class CosineSDE(LinearSDE):  # arXiv 2102.09672 eq. 17
+            def mean_coef(self, t):
+                return torch.cos(0.49 * math.pi * t)
 
-    @property
-    def prior_var(self) -> float:
-        """Variance of the Gaussian from which generation starts at ``t = 1``."""
-        return 1.0
+            def var(self, t):
+                return torch.sin(0.49 * math.pi * t) ** 2
 
-    @abstractmethod
-    def f(self, t: Tensor) -> Tensor:
-        """Drift coefficient."""
-
-    @abstractmethod
-    def g2(self, t: Tensor) -> Tensor:
-        """Squared diffusion coefficient."""
+    Both are functions of torch operations, each time by itself. Give it fields by
+    ``@dataclass(frozen=True)``.
+    """
 
     @abstractmethod
     def mean_coef(self, t: Tensor) -> Tensor:
-        """Coefficient ``m`` of the data in the kernel's mean."""
+        """Coefficient ``m`` of the data in the kernel's mean; ``m(0) = 1``."""
 
     @abstractmethod
     def var(self, t: Tensor) -> Tensor:
         """Variance of the kernel."""
 
-    @abstractmethod
+    @property
+    def t_min(self) -> float:
+        """Lower end of the training interval, where the kernel needs variance; 1e-3 by default."""
+        return 1e-3
+
+    @property
+    def initial_var(self) -> float:
+        """Variance of the kernel at ``t = 0``, the paper's ``sigma_0^2``."""
+        return self.var(torch.zeros((), dtype=torch.float64)).item()
+
+    @property
+    def prior_var(self) -> float:
+        """Variance of the Gaussian from which generation starts at ``t = 1``; by default that of
+        ``z_1`` for data of unit variance (:meth:`total_var`).
+        """
+        return self.total_var(torch.ones((), dtype=torch.float64)).item()
+
+    def f(self, t: Tensor) -> Tensor:
+        """Drift coefficient ``m' / m``."""
+        mean, rate = _with_rate(self.mean_coef, t)
+        return (rate / mean).to(t.dtype)
+
+    def g2(self, t: Tensor) -> Tensor:
+        """Squared diffusion coefficient ``var' - 2 f var``."""
+        mean, mean_rate = _with_rate(self.mean_coef, t)
+        var, var_rate = _with_rate(self.var, t)
+        # a kernel that gains no noise somewhere must not lose any there by rounding
+        return (var_rate - 2 * mean_rate / mean * var).clamp(min=0).to(t.dtype)
+
     def inverse_var(self, v: Tensor) -> Tensor:
-        """The time at which the kernel has variance ``v``; the last one where there are more."""
+        """The time at which the kernel has variance ``v``; the last one where there are more. By
+        bisection, of a ``var`` that increases.
+        """
+        return invert(self.var, v.double(), 0.0, 1.0).to(v.dtype)
 
     def one_minus_var(self, t: Tensor) -> Tensor:
         """``1 - var(t)`` without cancellation where ``var`` is close to one."""
@@ -116,7 +139,7 @@ class LinearSDE(ABC):
         """Entropy of the kernel at the cutoff: ``(1 + ln(2 pi var(t_min))) / 2`` nats a variable.
 
         The term of the cross entropy that holds no score (arXiv 2106.05931 theorem 1). ``t_min``
-        defaults to the field ``time_eps``.
+        defaults to the SDE's.
 
         Raises:
             ValueError: the variance at the cutoff is zero, so the entropy is minus infinity.
@@ -135,6 +158,14 @@ MAX_BETA = 1000.0
 """Largest beta(0) + beta(1): the mean coefficient at t = 1, ``exp(-MAX_BETA / 4)``, and its square
 are still numbers of float64.
 """
+
+
+def _with_rate(fn: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
+    """``fn(t)`` and its derivative by forward-mode autograd, in float64: ``(B,)`` each."""
+    t = t.detach().double()
+    # func.jvp works whatever gradient mode or transform the caller is in
+    value, rate = torch.func.jvp(fn, (t,), (torch.ones_like(t),))
+    return value, rate
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
@@ -172,6 +203,10 @@ class _LinearBetaSDE(LinearSDE):
     @property
     def initial_var(self) -> float:
         return self.sigma2_0
+
+    @property
+    def prior_var(self) -> float:
+        return 1.0
 
     def beta(self, t: Tensor) -> Tensor:
         """``beta_start + (beta_end - beta_start) t``."""
@@ -289,6 +324,10 @@ class GeometricVPSDE(LinearSDE):
         return self.sigma2_0
 
     @property
+    def prior_var(self) -> float:
+        return 1.0
+
+    @property
     def log_ratio(self) -> float:
         """``ln(sigma2_max / sigma2_min)``."""
         return math.log(self.sigma2_max / self.sigma2_min)
@@ -374,31 +413,27 @@ class VESDE(LinearSDE):
         return torch.log(v / self.sigma2_min) / self.log_ratio
 
 
-SDES: dict[str, type[LinearSDE]] = {
-    "vpsde": VPSDE,
-    "geometric": GeometricVPSDE,
-    "subvpsde": SubVPSDE,
-    "vesde": VESDE,
-}
+def _options(sde: type[LinearSDE]) -> set[str]:
+    return {field.name for field in fields(sde)} if is_dataclass(sde) else set()
 
 
 def make_sde(kind: str, **options: float) -> LinearSDE:
-    """Build an SDE by name, taking from ``options`` the ones that it has.
+    """Build an SDE by its name in :data:`lsgm.registry.SDES`.
 
-    A configuration holds the fields of all kinds, so those of other kinds are passed over.
+    It takes from ``options`` the ones that it has; those of other kinds, which a configuration
+    holds too, are passed over.
 
     Raises:
         ValueError: unknown ``kind``, an option that no SDE has, or a value out of range.
     """
-    if kind not in SDES:
-        raise ValueError(f"unknown SDE {kind!r}; known: {', '.join(SDES)}")
-    known = {field.name for sde in SDES.values() for field in fields(sde)}
+    chosen: type[LinearSDE] = SDES[kind]
+    known = {name for sde in SDES.values() for name in _options(sde)}
     if unknown := sorted(set(options) - known):
         raise ValueError(
             f"no SDE has the options {', '.join(unknown)}; known: {', '.join(sorted(known))}"
         )
-    own = {field.name for field in fields(SDES[kind])}
-    return SDES[kind](**{name: value for name, value in options.items() if name in own})
+    own = _options(chosen)
+    return chosen(**{name: value for name, value in options.items() if name in own})
 
 
 @torch.no_grad()

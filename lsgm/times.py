@@ -6,12 +6,12 @@ data distributed as N(0, I) and the optimal score, the error is ``l(t) = 1 - var
 variable, so ``p`` proportional to ``w(t) (1 - var(t) / total_var(t))`` has no variance at all, and
 LSGM's prior is close to that case (arXiv 2106.05931 section 3.3 and appendix B).
 
-Four names: ``"uniform"``; ``"importance"``, the paper's choice with its closed-form inverse where
+Five names: ``"uniform"``; ``"importance"``, the paper's choice with its closed-form inverse where
 there is one and the density above, inverted numerically, elsewhere; ``"optimal"``, always the
 density above; ``"mixture"``, that with a share of ``w(t)``, which bounds the weights. The second
 and third differ for the sub-VP SDE alone, to which the paper's code gives the times of the VP SDE.
-Networks that predict the noise without a Normal component are better served by ``w(t)`` alone
-(:func:`weighted_times`).
+Networks that predict the noise without a Normal component are better served by ``"weighted"``,
+``w(t)`` alone.
 
 For N(0, I) data and the likelihood's weighting the estimate is the same at every time drawn:
 
@@ -37,6 +37,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lsgm.registry import PROPOSALS
 from lsgm.sde import VESDE, VPSDE, GeometricVPSDE, LinearSDE, SubVPSDE
 from lsgm.weighting import Weighting
 from vae.random import Rng, RowGenerators, ShardedGenerator, rand
@@ -56,6 +57,7 @@ __all__ = [
     "mixture_times",
     "normal_data_density",
     "optimal_times",
+    "uniform_times",
     "weighted_times",
 ]
 
@@ -339,7 +341,8 @@ def normal_data_density(sde: LinearSDE, weighting: Weighting, t: Tensor) -> Tens
     return weighting(sde, t) * data_var / sde.total_var(t)
 
 
-def _uniform_times(sde: LinearSDE, weighting: Weighting) -> TimeProposal:
+def uniform_times(sde: LinearSDE, weighting: Weighting) -> TimeProposal:
+    """Uniform on ``[t_min, 1]``, whatever the weighting."""
     return UniformTimes(sde.t_min)
 
 
@@ -406,20 +409,13 @@ def mixture_times(
     )
 
 
-PROPOSALS: dict[str, Callable[[LinearSDE, Weighting], TimeProposal]] = {
-    "uniform": _uniform_times,
-    "importance": importance_times,
-    "optimal": optimal_times,
-    "mixture": mixture_times,
-}
-
-
 def make_proposal(name: str, sde: LinearSDE, weighting: Weighting) -> TimeProposal:
-    """Build a proposal by name for an SDE and the weighting whose estimate it serves.
+    """Build a proposal by its name in :data:`lsgm.registry.PROPOSALS`.
+
+    It is for an SDE and the weighting whose estimate it serves.
 
     Raises:
         ValueError: unknown name, or a density that cannot be normalised on ``[t_min, 1]``.
     """
-    if name not in PROPOSALS:
-        raise ValueError(f"unknown time proposal {name!r}; known: {', '.join(PROPOSALS)}")
-    return PROPOSALS[name](sde, weighting)
+    proposal: TimeProposal = PROPOSALS[name](sde, weighting)
+    return proposal

@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lsgm.registry import WEIGHTINGS
 from lsgm.sde import LinearSDE
 
 __all__ = [
@@ -96,23 +97,11 @@ class RescaledWeighting(Weighting):
         return 0.5 / sde.one_minus_var(t)
 
 
-WEIGHTINGS: dict[str, type[Weighting]] = {
-    weighting.name: weighting
-    for weighting in (
-        LikelihoodWeighting,
-        UnweightedWeighting,
-        ReweightedWeighting,
-        RescaledWeighting,
-    )
-}
-
-
 def make_weighting(name: str) -> Weighting:
-    """Build a weighting by name.
+    """Build a weighting by its name in :data:`lsgm.registry.WEIGHTINGS`.
 
     Raises:
         ValueError: unknown name.
     """
-    if name not in WEIGHTINGS:
-        raise ValueError(f"unknown weighting {name!r}; known: {', '.join(WEIGHTINGS)}")
-    return WEIGHTINGS[name]()
+    weighting: Weighting = WEIGHTINGS[name]()
+    return weighting

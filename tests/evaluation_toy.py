@@ -29,9 +29,9 @@ from lsgm.models.images import build_data_model
 from lsgm.models.latent import LSGM, VAEModel, build_prior, build_vae
 from lsgm.system.files import RunFolder
 from lsgm.training import evaluation
+from lsgm.training.context import EvalContext
 from lsgm.training.distributed import World, distributed, on_main
 from lsgm.training.evaluation import evaluate_classifier, evaluate_score_model, evaluate_vae
-from lsgm.training.loop import EvalContext
 
 SPEC = DataSpec("classes", channels=3, image_size=8, padding=0, binary=False, num_classes=4)
 CLASS_SIZE = 30

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = """
     vae
-    lsgm.errors lsgm.tensors
+    lsgm.errors lsgm.tensors lsgm.bisection lsgm.registry
     lsgm.system
     lsgm
     lsgm.sde
@@ -38,6 +38,7 @@ FLOORS = """
     lsgm.training.stages
     lsgm.training.evaluation
     lsgm.training.runs
+    lsgm.training.fit
     lsgm.importers lsgm.benchmark
     lsgm.exporters
     lsgm.commands

@@ -233,7 +233,7 @@ def test_a_model_saves_itself_where_its_data_are_unknown(tmp_path: Path):
     loaded = lsgm.load(tmp_path / "new" / "run")
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert torch.equal(loaded.sample(2, nfe=4).images, model.sample(2, nfe=4).images)
-    with pytest.raises(UserError, match="run.json: 'data' is missing"):
+    with pytest.raises(UserError, match="data that no configuration names"):
         load_data_config(tmp_path / "new" / "run")
 
 

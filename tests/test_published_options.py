@@ -36,7 +36,7 @@ from lsgm.objectives import NormalControlVariate, prior_losses
 from lsgm.score import MixedNormalScore
 from lsgm.sde import VPSDE
 from lsgm.times import make_proposal
-from lsgm.training.loop import EvalContext
+from lsgm.training.context import EvalContext
 from lsgm.training.runs.latent import _inactive_channels, train_lsgm
 from lsgm.training.stages.latent import LSGMStage
 from lsgm.weighting import make_weighting

@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import pytest
 import torch
+from oracles import MixtureOracle
 from sde_cases import CASES, all_sdes
 from torch import Tensor
 
 from lsgm.config.architecture import SDEConfig
 from lsgm.objectives import NormalControlVariate
+from lsgm.registry import PROPOSALS
 from lsgm.sde import (
     SDES,
     VESDE,
@@ -20,6 +22,7 @@ from lsgm.sde import (
     largest_squared_distance,
     make_sde,
 )
+from lsgm.solvers import make_grid, make_solver
 from lsgm.times import make_proposal
 from lsgm.weighting import make_weighting
 
@@ -253,3 +256,62 @@ def test_largest_squared_distance() -> None:
     assert largest_squared_distance(points.split(16), block=11) == pytest.approx(brute, rel=1e-5)
     with pytest.raises(ValueError, match="at least two"):
         largest_squared_distance([points[:1]])
+
+
+@dataclass(frozen=True)
+class OwnSDE(LinearSDE):
+    """The VP SDE by its kernel alone, as somebody new would write one."""
+
+    beta: float = 20.0
+
+    def mean_coef(self, t: Tensor) -> Tensor:
+        return torch.exp(-0.05 * t - 0.25 * (self.beta - 0.1) * t**2)
+
+    def var(self, t: Tensor) -> Tensor:
+        return -torch.expm1(-0.1 * t - 0.5 * (self.beta - 0.1) * t**2)
+
+
+def test_a_kernel_makes_an_sde() -> None:
+    """f, g2, inverse_var and the ends follow from ``mean_coef`` and ``var``."""
+    own, closed = OwnSDE(), VPSDE(time_eps=1e-3)
+    t = times()
+    for name in ("f", "g2", "mean_coef", "var", "one_minus_var", "total_var"):
+        found, expected = getattr(own, name)(t), getattr(closed, name)(t)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(own.inverse_var(own.var(t)), t, rtol=1e-9, atol=1e-12)
+    for name in ("t_min", "initial_var", "prior_var"):
+        assert getattr(own, name) == pytest.approx(getattr(closed, name), abs=1e-15)
+    assert own.cross_entropy_constant() == closed.cross_entropy_constant()
+    single = own.g2(t.float())
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), closed.g2(t), rtol=1e-6, atol=0)
+
+
+def test_a_kernels_derivatives_ignore_the_callers_gradient_mode() -> None:
+    t = torch.tensor([0.3, 0.7])
+    expected = VPSDE().g2(t)
+    for mode in (torch.no_grad(), torch.enable_grad(), torch.inference_mode()):
+        with mode:
+            found = OwnSDE().g2(t)
+            assert not found.requires_grad
+            torch.testing.assert_close(found, expected)
+    jacobian = torch.func.jacrev(lambda x: x * OwnSDE().g2(t))(t)
+    torch.testing.assert_close(jacobian.diagonal(), expected)
+
+
+def test_an_own_sde_samples_like_its_closed_form() -> None:
+    oracle = MixtureOracle.ring(VPSDE())
+    x = torch.randn(64, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for solver in ("normal_reference", "dpmpp_3m"):
+        ends = [
+            make_solver(solver).solve(sde, oracle.eps, x, make_grid("log_snr", sde, 12, 1e-3)).x
+            for sde in (VPSDE(), OwnSDE())
+        ]
+        torch.testing.assert_close(ends[1], ends[0], rtol=1e-7, atol=1e-7)
+
+
+def test_every_proposal_and_bound_takes_an_own_sde() -> None:
+    for name in PROPOSALS:
+        sample = make_proposal(name, OwnSDE(), make_weighting("likelihood")).sample(500)
+        assert sample.t.min() >= OwnSDE().t_min and sample.t.max() <= 1
+    assert math.isfinite(NormalControlVariate.of(OwnSDE()).offset)

@@ -27,8 +27,8 @@ from lsgm.training import (
     TrainingInterrupted,
     World,
     distributed,
-    fit,
 )
+from lsgm.training.loop import fit
 from vae.random import randn
 
 STEPS_PER_EPOCH = 5

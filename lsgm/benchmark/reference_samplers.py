@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lsgm.bisection import invert
 from lsgm.errors import UserError
 from lsgm.sde import LinearSDE
 from lsgm.solvers.base import EpsFn
-from lsgm.solvers.grids import invert, noise_level
+from lsgm.solvers.grids import noise_level
 
 __all__ = ["METHODS", "ReferenceSampler", "ReferenceSolution", "reference_samplers"]
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from lsgm.config.checks import require, require_at_most, require_non_negative, require_positive
+from lsgm.config.names import NetworkName, ProposalName, ProposalOrSame, SDEName, WeightingName
 
 __all__ = [
     "ClassifierConfig",
@@ -179,7 +180,7 @@ class PriorNetworkConfig:
 class SDEConfig:
     """The diffusion in latent space; time runs from 0 (data) to 1 (noise)."""
 
-    kind: Literal["vpsde", "geometric", "subvpsde", "vesde"] = "vpsde"
+    kind: SDEName = "vpsde"
     """Variance preserving (linear beta or geometric), sub-variance preserving, exploding."""
     beta_start: float = 0.1
     """vpsde, subvpsde: beta(0)."""
@@ -221,12 +222,12 @@ class PriorConfig:
     """What the network predicts: the noise, as published, or its difference from the Normal
     component, which starts at N(0, I) whatever the mixing and learns as fast as the mixing is
     large."""
-    weighting_p: Literal["likelihood", "unweighted", "reweighted", "rescaled"] = "likelihood"
+    weighting_p: WeightingName = "likelihood"
     """Weighting of the prior's loss over time."""
-    proposal_p: Literal["uniform", "importance", "optimal", "mixture"] = "importance"
-    """Training times for the prior's loss: uniform, the paper's, numerically optimal, or a mixture
-    of that with the weight itself, whose weights are bounded."""
-    proposal_q: Literal["same", "uniform", "importance", "optimal", "mixture"] = "same"
+    proposal_p: ProposalName = "importance"
+    """Training times for the prior's loss: uniform; the paper's; numerically optimal; a mixture of
+    that with the weight itself, whose weights are bounded; or in proportion to the weight."""
+    proposal_q: ProposalOrSame = "same"
     """Times for the encoder's cross entropy (likelihood-weighted); same: the prior's draw."""
     training: Literal["joint", "disjoint", "frozen"] = "joint"
     """joint: VAE and prior in one step; disjoint: one after the other; frozen: the prior alone."""
@@ -328,7 +329,7 @@ def _data_sde() -> SDEConfig:
 class ScoreModelConfig:
     """The score model: what it diffuses, and the network that predicts the noise."""
 
-    network: Literal["ncsnpp", "refinenet"] = "ncsnpp"
+    network: NetworkName = "ncsnpp"
     """The network: a U-net (NCSN++ or DDPM++, by the options of ncsnpp), or NCSN's RefineNet."""
     ncsnpp: PriorNetworkConfig = field(default_factory=_data_network)
     """network ncsnpp: its sizes."""
@@ -385,7 +386,7 @@ class ScoreModelConfig:
             "centre_input: needs data_range unit, and data_std 0 with network ncsnpp",
         )
         require(
-            not self.class_conditional or self.network == "ncsnpp",
+            not self.class_conditional or self.network != "refinenet",
             "class_conditional: network refinenet takes no class",
         )
 

@@ -28,9 +28,11 @@ from lsgm.config.checks import (
     require_non_negative,
     require_positive,
 )
+from lsgm.config.names import DatasetName, ProposalName, WeightingName
 
 __all__ = [
     "DataConfig",
+    "FitConfig",
     "LSGMTrainConfig",
     "NCSNTrainConfig",
     "ObjectiveConfig",
@@ -49,7 +51,7 @@ RETIRED_KEYS = frozenset({"prior.weighting_q"})
 class DataConfig:
     """Which images, and what is done to them before the model sees them."""
 
-    name: Literal["digits", "mnist", "omniglot", "cifar10", "folder"] = "digits"
+    name: DatasetName = "digits"
     """Dataset. digits (16x16, needs no download), mnist and omniglot are binarised."""
     root: str | None = None
     """Folder of the data (folder: the images). None: environment LSGM_DATA, else ~/.cache/lsgm."""
@@ -284,10 +286,10 @@ class ScoreObjectiveConfig:
     """Denoising score matching; sliced score matching, plain or with its variance reduced."""
     projections: int = 1
     """ssm, ssm_vr: random projections per image."""
-    weighting: Literal["likelihood", "unweighted", "reweighted", "rescaled"] = "unweighted"
+    weighting: WeightingName = "unweighted"
     """score_sde: weight of the squared error of the noise over time. (ncsn: sigma^2 of the score,
     which is unweighted.)"""
-    proposal: Literal["uniform", "importance", "optimal", "mixture", "weighted"] = "uniform"
+    proposal: ProposalName = "uniform"
     """score_sde: training times: uniform; weighted: in proportion to the weight; importance and
     optimal: less where data that are N(0, I) have no error, LSGM's choice (2106.05931); mixture:
     mostly optimal, some weighted."""
@@ -342,6 +344,24 @@ class NCSNTrainConfig:
 
     def __post_init__(self) -> None:
         require(
-            self.kind != "score_sde" or self.score.network == "ncsnpp",
+            self.kind != "score_sde" or self.score.network != "refinenet",
             "score.network: refinenet has discrete noise levels; kind score_sde needs ncsnpp",
         )
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """The settings of :func:`lsgm.fit`, which its run folder keeps."""
+
+    name: str = "fit"
+    """Name of the run."""
+    objective: ScoreObjectiveConfig = field(default_factory=ScoreObjectiveConfig)
+    """Score models: the training objective."""
+    elbo: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """VAE and LSGM: the evidence lower bound and its regularisers."""
+    optim: OptimConfig = field(default_factory=_score_optimizer)
+    """The optimizer (LSGM: the prior's)."""
+    optim_vae: OptimConfig = field(default_factory=_second_stage_vae_optimizer)
+    """LSGM: the VAE's optimizer."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The training loop."""

@@ -181,6 +181,7 @@ class Model(nn.Module, ABC):
     has_latents: ClassVar[bool] = False
     bound_name: ClassVar[str]
     estimator: ClassVar[str] = ""
+    unit: ClassVar[str] = "nats per image"
 
     # What a model is
 
@@ -212,7 +213,7 @@ class Model(nn.Module, ABC):
         return next(self.parameters()).device
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """Of an image, ``(C, H, W)``, without padding."""
         return self.spec.channels, self.spec.image_size, self.spec.image_size
 
@@ -285,8 +286,8 @@ class Model(nn.Module, ABC):
         It is the first metric that ``evaluate`` reports for the model; see there for others.
         """
         rng = RowGenerators.of(seed, range(len(x)))
-        values = self.bound_values(x, rng, samples=samples)
-        return Bound(self.bound_name, "nats per image", values.double().cpu())
+        values = self.bound_values(x.to(self.device), rng, samples=samples)
+        return Bound(self.bound_name, self.unit, values.double().cpu())
 
     # Sampling
 
@@ -508,7 +509,7 @@ class DiffusionModel(Model):
 
     @property
     @abstractmethod
-    def state_shape(self) -> tuple[int, int, int]:
+    def state_shape(self) -> tuple[int, ...]:
         """Shape of one state."""
 
     @property

@@ -24,10 +24,10 @@ from lsgm.errors import UserError
 from lsgm.models.base import DiffusionModel, SamplerDefaults
 from lsgm.models.image_likelihood import ode_data_likelihood
 from lsgm.models.release import section
-from lsgm.networks import NCSNpp
 from lsgm.networks.data_score import DataScore
 from lsgm.networks.ncsn import NCSN
 from lsgm.noise_ladder import NoiseLadder, select_step
+from lsgm.registry import NETWORKS
 from lsgm.sde import VESDE, VPSDE, LinearSDE, make_sde
 from lsgm.solvers import AnnealedLangevin, EpsFn, Solver, make_solver
 from lsgm.solvers.sampler import Sampler
@@ -263,21 +263,22 @@ def build_data_model(
         raise UserError("score.discrete_levels: kind ncsn has the levels of score.ladder")
     channels, size, _ = pixels.shape
     try:
-        if config.network == "refinenet":
+        network_class = NETWORKS[config.network]
+        section_of = getattr(config, config.network, None)
+        options = {} if section_of is None else asdict(section_of)
+        if network_class is NCSN:
             if ladder is None:
-                raise ValueError("refinenet needs the noise levels of kind ncsn")
+                raise ValueError(f"{config.network} needs the noise levels of kind ncsn")
             levels, centred = ladder, config.centre_input
             score: nn.Module = build_within_memory(
-                lambda: NCSN(
-                    channels, size, levels, centre_input=centred, **asdict(config.refinenet)
-                ),
-                "score.refinenet",
+                lambda: NCSN(channels, size, levels, centre_input=centred, **options),
+                f"score.{config.network}",
             )
         else:
             num_classes = (spec.num_classes or 0) if config.class_conditional else 0
             network = build_within_memory(
-                lambda: NCSNpp(channels, size, num_classes=num_classes, **asdict(config.ncsnpp)),
-                "score.ncsnpp",
+                lambda: network_class(channels, size, num_classes=num_classes, **options),
+                f"score.{config.network}",
             )
             score = DataScore(
                 network,

@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lsgm.config.architecture import PriorConfig, VAEConfig
 from lsgm.config.training import RETIRED_KEYS
 from lsgm.data.spec import DataSpec
 from lsgm.errors import UserError
 from lsgm.models.base import Batch, DiffusionModel, Model
-from lsgm.models.release import section
+from lsgm.models.release import given_class, section
 from lsgm.networks import NCSNpp
 from lsgm.objectives import CrossEntropy, NormalControlVariate, latent_cross_entropy
 from lsgm.score import MixedNormalScore
@@ -95,19 +95,24 @@ def build_vae(config: VAEConfig, spec: DataSpec) -> HierarchicalVAE:
     )
 
 
-def build_prior(config: PriorConfig, vae: HierarchicalVAE) -> MixedNormalScore:
-    """The mixed-Normal score network of ``config`` for the coarsest latent scale of ``vae``."""
+def build_prior(
+    config: PriorConfig, vae: HierarchicalVAE, network: nn.Module | None = None
+) -> MixedNormalScore:
+    """The mixed-Normal score of ``config`` for the coarsest latent scale of ``vae``; of its network
+    too, unless one ``(z (B, C, H, W), t (B,))`` is given.
+    """
     channels, size, _ = vae.top_shape
-    if size % 2 ** (config.network.num_scales - 1):
+    if network is None and size % 2 ** (config.network.num_scales - 1):
         raise UserError(
             f"prior.network.num_scales: {config.network.num_scales} is too many for latents of "
             f"side {size}"
         )
     sde = make_sde(**asdict(config.sde))
-    network = build_within_memory(
-        lambda: NCSNpp(channels=channels, resolution=size, **asdict(config.network)),
-        "prior.network",
-    )
+    if network is None:
+        network = build_within_memory(
+            lambda: NCSNpp(channels=channels, resolution=size, **asdict(config.network)),
+            "prior.network",
+        )
     return MixedNormalScore(
         network,
         sde,
@@ -277,7 +282,9 @@ class LSGM(DiffusionModel, VAEModel):
         self.control_variate = NormalControlVariate.of(score.sde)
 
     def describe(self) -> dict[str, Any]:
-        return super().describe() | {"prior": asdict(self.prior_config)}
+        network = self.score.network
+        own = {} if isinstance(network, NCSNpp) else {"given": {"network": given_class(network)}}
+        return super().describe() | {"prior": asdict(self.prior_config)} | own
 
     @property
     def diffusion(self) -> LSGM:

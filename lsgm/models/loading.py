@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,12 @@ from lsgm.data.spec import DataSpec
 from lsgm.errors import MALFORMED, UserError
 from lsgm.models.base import Model
 from lsgm.models.classifier import ImageClassifier, classifier_of
+from lsgm.models.generic import (
+    AutoencoderModel,
+    LatentScoreModel,
+    ScoreModel,
+    generic_of,
+)
 from lsgm.models.images import DATA_KINDS, data_model_of
 from lsgm.models.latent import LSGM, VAEModel, build_prior, build_vae, prior_config_from
 from lsgm.models.release import (
@@ -22,6 +28,7 @@ from lsgm.models.release import (
     description_error,
     load_weights,
     read_description,
+    require_given,
     section,
 )
 
@@ -39,15 +46,17 @@ def require_run(run: str | None) -> str:
     return run
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu") -> Model:
+def load(folder: str | Path, device: str | torch.device = "cpu", **modules: Any) -> Model:
     """Rebuild the model of a finished run, in eval mode, by its kind: a :class:`LSGM`, a plain
-    :class:`VAEModel` or a :class:`~lsgm.models.images.DataSGM`.
+    :class:`VAEModel` or a :class:`~lsgm.models.images.DataSGM`; or one of
+    :mod:`lsgm.models.generic`, which needs the modules that are not the library's:
+    ``lsgm.load(run, network=MyNetwork())``, built as in training; their weights are read.
 
     Raises:
         UserError: The folder is not a finished run, its files are damaged or do not fit together,
             or it is the run of a classifier.
     """
-    model = _opened(Path(folder), device)
+    model = _opened(Path(folder), device, modules)
     if not isinstance(model, Model):
         raise UserError(f"{folder}: a classifier, which makes no images; use load_classifier")
     return model
@@ -59,31 +68,41 @@ def load_classifier(folder: str | Path, device: str | torch.device = "cpu") -> I
     Raises:
         UserError: As :func:`load`, or the run is no classifier's.
     """
-    model = _opened(Path(folder), device)
+    model = _opened(Path(folder), device, {})
     if not isinstance(model, ImageClassifier):
         raise UserError(f"{folder}: is not a classifier")
     return model
 
 
-def _opened(folder: Path, device: str | torch.device) -> nn.Module:
+def _opened(folder: Path, device: str | torch.device, modules: Mapping[str, Any]) -> nn.Module:
     description = read_description(folder)
     check_weights(folder, description)
-    model = build_described(description, folder / DESCRIPTION)
+    model = build_described(description, folder / DESCRIPTION, modules)
     load_weights(model, folder)
     return model.to(device).eval()
 
 
-def build_described(description: dict[str, Any], source: Path) -> nn.Module:
-    """The model that a description stands for, with weights still to be read.
+def build_described(
+    description: dict[str, Any], source: Path, modules: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """The model that a description stands for, with weights still to be read; ``modules`` are
+    those that are not the library's.
 
     Raises:
         UserError: There is no such model; the line names ``source``, the description's file.
     """
     try:
         kind = description["kind"]
-        if not isinstance(kind, str) or kind not in BUILDERS:
-            raise ValueError(f"unknown kind {kind!r}; known are {', '.join(BUILDERS)}")
-        return BUILDERS[kind](description, section(DataSpec, description["spec"]))
+        if not isinstance(kind, str) or kind not in (*BUILDERS, *GENERIC_KINDS):
+            known = ", ".join((*BUILDERS, *GENERIC_KINDS))
+            raise ValueError(f"unknown kind {kind!r}; known are {known}")
+        given = require_given(description, modules or {})
+        if kind in GENERIC_KINDS:
+            return generic_of(description, given)
+        spec = section(DataSpec, description["spec"])
+        if kind == LSGM.kind:
+            return _lsgm_of(description, spec, given.get("network"))
+        return BUILDERS[kind](description, spec)
     except (*MALFORMED, UserError) as error:
         raise description_error(source, error) from error
 
@@ -93,11 +112,13 @@ def _vae_of(description: dict[str, Any], spec: DataSpec) -> VAEModel:
     return VAEModel(build_vae(config, spec), spec, config)
 
 
-def _lsgm_of(description: dict[str, Any], spec: DataSpec) -> LSGM:
+def _lsgm_of(description: dict[str, Any], spec: DataSpec, network: nn.Module | None = None) -> LSGM:
     config = section(VAEConfig, description["vae"])
     vae, prior = build_vae(config, spec), prior_config_from(description["prior"])
-    return LSGM(vae, build_prior(prior, vae), spec, config, prior)
+    return LSGM(vae, build_prior(prior, vae, network), spec, config, prior)
 
+
+GENERIC_KINDS = (ScoreModel.kind, LatentScoreModel.kind, AutoencoderModel.kind)
 
 BUILDERS: dict[str, Callable[[dict[str, Any], DataSpec], nn.Module]] = {
     VAEModel.kind: _vae_of,

@@ -32,10 +32,12 @@ __all__ = [
     "Described",
     "WEIGHTS",
     "check_weights",
+    "given_class",
     "load_data_config",
     "load_weights",
     "description_error",
     "read_description",
+    "require_given",
     "save",
     "section",
 ]
@@ -87,6 +89,29 @@ def save(
     }
     hashes = {WEIGHTS: file_sha256(folder / WEIGHTS)}
     atomic_write_json(folder / DESCRIPTION, seal(description, DESCRIPTION, hashes))
+
+
+def given_class(module: object) -> str:
+    """What a description says of a module that is not the library's."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def require_given(description: Mapping[str, Any], modules: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``modules`` that a run's description says it has to be given, and all of them.
+
+    Raises:
+        UserError: one is missing, or not wanted.
+    """
+    wanted: Mapping[str, str] = description.get("given", {})
+    for name, what in wanted.items():
+        if name not in modules:
+            raise UserError(
+                f"its {name} ({what}) is not one of the library's: give it, "
+                f"lsgm.load(run, {name}=...)"
+            )
+    if unknown := sorted(set(modules) - set(wanted)):
+        raise UserError(f"this model is not to be given {', '.join(unknown)}")
+    return dict(modules)
 
 
 def _require_finite(state: dict[str, torch.Tensor], folder: Path) -> None:
@@ -209,6 +234,8 @@ def load_data_config(folder: str | Path, root: str | None = None) -> DataConfig:
     """
     folder = Path(folder)
     description = read_description(folder)
+    if "data" not in description:
+        raise UserError(f"{folder}: trained in Python, on data that no configuration names")
     try:
         data: DataConfig = section(DataConfig, description["data"])
     except MALFORMED as error:

@@ -17,12 +17,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lsgm.bisection import invert
 from lsgm.sde import LinearSDE
 
 __all__ = [
     "GRIDS",
     "Grid",
-    "invert",
     "karras",
     "make_grid",
     "noise_level",
@@ -42,20 +42,6 @@ def noise_level(sde: LinearSDE, t: Tensor) -> Tensor:
     time for every SDE.
     """
     return sde.var(t).sqrt() / sde.mean_coef(t)
-
-
-def invert(function: Callable[[Tensor], Tensor], values: Tensor, low: float, high: float) -> Tensor:
-    """The times in ``[low, high]`` at which a monotone function takes the given values, ``(n,)`` ->
-    ``(n,)``, by bisection.
-    """
-    left, right = torch.full_like(values, low), torch.full_like(values, high)
-    ends = function(torch.tensor([low, high], dtype=values.dtype))
-    sign = 1.0 if ends[1] >= ends[0] else -1.0
-    for _ in range(60):
-        middle = 0.5 * (left + right)
-        below = sign * (function(middle) - values) < 0
-        left, right = torch.where(below, middle, left), torch.where(below, right, middle)
-    return 0.5 * (left + right)
 
 
 def times_of_noise_levels(sde: LinearSDE, levels: Sequence[float] | Tensor) -> Tensor:

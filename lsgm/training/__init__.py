@@ -2,10 +2,10 @@
 
 from lsgm.system.files import RunFolder
 from lsgm.training.checkpoint import Checkpoints
+from lsgm.training.context import BatchSource, EvalContext, FitResult
 from lsgm.training.distributed import World, all_max, all_mean, distributed, gather_rows, on_main
 from lsgm.training.ema import EMA
 from lsgm.training.interrupt import TrainingInterrupted, resume_command
-from lsgm.training.loop import BatchSource, EvalContext, FitResult, fit
 from lsgm.training.optimizers import make_optimizer
 from lsgm.training.state import Stage, StepContext, StepOutput, TrainState
 
@@ -25,7 +25,6 @@ __all__ = [
     "all_max",
     "all_mean",
     "distributed",
-    "fit",
     "make_optimizer",
     "gather_rows",
     "on_main",

@@ -9,8 +9,8 @@ from typing import Any
 from lsgm.errors import UserError
 from lsgm.system.files import RunFolder
 from lsgm.training.checkpoint import Checkpoints
+from lsgm.training.context import EvalContext
 from lsgm.training.distributed import World, on_main
-from lsgm.training.loop import EvalContext
 from lsgm.training.state import TrainState
 
 __all__ = ["BestWeights", "Release"]

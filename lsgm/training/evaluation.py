@@ -32,8 +32,8 @@ from lsgm.models.latent import VAEModel
 from lsgm.sampling.draw import row_sampler
 from lsgm.sampling.sampler import SolverOptions
 from lsgm.system.pictures import image_grid, reconstruction_grid, save_grid
+from lsgm.training.context import EvalContext
 from lsgm.training.distributed import gather_rows, on_main
-from lsgm.training.loop import EvalContext
 from lsgm.training.precision import autocast
 from lsgm.training.stages.classifier import ClassifierStage
 from lsgm.training.stages.score import ScoreStage

@@ -10,18 +10,17 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lsgm.config.training import OptimConfig, TrainConfig
 from lsgm.errors import MALFORMED, UserError, malformed
 from lsgm.system.device import choose_device
 from lsgm.system.files import RunFolder
 from lsgm.training.checkpoint import Checkpoints
+from lsgm.training.context import BatchSource, DrawCurves, EvalContext, Evaluate, FitResult
 from lsgm.training.distributed import World, on_main, wrap
 from lsgm.training.interrupt import StopNow, StopSignal, TrainingInterrupted, resume_command
 from lsgm.training.logging import MeanMetrics, RunLogger
@@ -29,77 +28,13 @@ from lsgm.training.precision import make_scaler
 from lsgm.training.state import Stage, TrainState
 from lsgm.training.step import Step, StepResult
 
-__all__ = ["MAX_RETURNS", "PATIENCE", "BatchSource", "EvalContext", "FitResult", "fit"]
+__all__ = ["MAX_RETURNS", "PATIENCE", "fit"]
 
 PATIENCE = 10
 """Skipped steps in a row after which the run returns to its last checkpoint."""
 
 MAX_RETURNS = 5
 """Returns after which the run gives up."""
-
-
-class BatchSource(Protocol):
-    """This process's part of every global batch, as a function of (epoch, step)."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Number of global batches in an epoch."""
-        ...
-
-    def epoch(self, epoch: int, start: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield (step in the epoch, images (b, C, R, R) float32 in [0, 1]) from `start` on."""
-        ...
-
-
-@dataclass(frozen=True)
-class EvalContext:
-    """What an evaluation gets. It runs on every process, without gradients.
-
-    Args:
-        stage: The live stage, in evaluation mode.
-        models: For each side the averaged module if there is one, else the live one; in evaluation
-            mode.
-        step: Optimizer steps done.
-        epoch: Epochs done.
-        total_steps: Optimizer steps of the run.
-        config: The settings of the run.
-        run: The run's folder.
-        world: The processes and this one's device.
-        log_image: ``log_image(name, image (C, H, W) in [0, 1])`` shows an image in TensorBoard.
-        bar: ``bar(what, total)`` is a context in which the function that it gives moves a progress
-            bar by so many of the ``total``.
-    """
-
-    stage: Stage
-    models: Mapping[str, nn.Module]
-    step: int
-    epoch: int
-    total_steps: int
-    config: TrainConfig
-    run: RunFolder
-    world: World
-    log_image: Callable[[str, Tensor], None]
-    bar: Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """The end of a run.
-
-    Args:
-        state: The trained stage and what trained it.
-        train_seconds: Time spent in training over all sessions, in seconds, without evaluations and
-            checkpoints.
-        metrics: Result of the last evaluation of this session.
-    """
-
-    state: TrainState
-    train_seconds: float
-    metrics: Mapping[str, float | None]
-
-
-Evaluate = Callable[[EvalContext], Mapping[str, float | None]]
-DrawCurves = Callable[[RunFolder], None]
 
 
 def fit(

@@ -16,7 +16,7 @@ from lsgm.models.image_likelihood import ode_data_likelihood
 from lsgm.models.images import DataSGM
 from lsgm.models.loading import load_classifier
 from lsgm.models.release import load_data_config
-from lsgm.training.runs import images as data_runs
+from lsgm.training.runs.launch import OpenRun
 
 TINY = """
 data:
@@ -129,9 +129,10 @@ def test_load_gives_the_model_that_was_evaluated(trained):
 @pytest.mark.parametrize("name", KINDS)
 def test_a_stopped_run_continues_to_the_same_bits(trained, name, tmp_path, monkeypatch):
     run, command, _ = trained[name]
-    original = data_runs.fit_run
+    original = OpenRun.train
 
-    def stop_early(stage, *args, **options):
+    def stop_early(opened, training):
+        stage = training.stage
         forward, calls = stage.forward, []
 
         def interrupted(*inputs):
@@ -141,10 +142,10 @@ def test_a_stopped_run_continues_to_the_same_bits(trained, name, tmp_path, monke
             return forward(*inputs)
 
         stage.forward = interrupted
-        return original(stage, *args, **options)
+        return original(opened, training)
 
     with monkeypatch.context() as patch:
-        patch.setattr(data_runs, "fit_run", stop_early)
+        patch.setattr(OpenRun, "train", stop_early)
         assert call("train_ncsn", *command, "--out", tmp_path / name).code == 130
     assert not (tmp_path / name / "model.safetensors").exists()
     outcome = call("train_ncsn", *command, "--out", tmp_path / name, "--resume")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +14,7 @@ import torch
 
 from lsgm.config.architecture import ScoreModelConfig
 from lsgm.config.training import NCSNTrainConfig
-from lsgm.data import Batches, Datasets
+from lsgm.data import Batches, Datasets, build_datasets
 from lsgm.data.pixels import Pixels
 from lsgm.errors import UserError
 from lsgm.models.classifier import build_classifier
@@ -24,10 +25,10 @@ from lsgm.noise_ladder import NoiseLadder
 from lsgm.sde import largest_squared_distance
 from lsgm.system.curves import learning_curves, read_metrics
 from lsgm.system.files import RunFolder
+from lsgm.training.context import EvalContext
 from lsgm.training.distributed import distributed
 from lsgm.training.evaluation import evaluate_classifier, evaluate_score_model
-from lsgm.training.loop import EvalContext
-from lsgm.training.runs.launch import OpenRun, fit_run, open_run
+from lsgm.training.runs.launch import OpenRun, Training, open_run
 from lsgm.training.runs.resume import Resume
 from lsgm.training.stages.classifier import ClassifierStage
 from lsgm.training.stages.score import ScoreStage
@@ -51,7 +52,7 @@ def train_ncsn(config: NCSNTrainConfig, out: str | None = None, *, resume: Resum
     """
     with (
         distributed(config.train.device, config.train.timeout_minutes) as world,
-        open_run(config, config.data, out, resume, world) as run,
+        open_run(config, partial(build_datasets, config.data), out, resume, world) as run,
     ):
         if not run.plan.finished:
             train = _train_classifier if config.kind == "classifier" else _train_score
@@ -60,7 +61,7 @@ def train_ncsn(config: NCSNTrainConfig, out: str | None = None, *, resume: Resum
     return run.folder.path
 
 
-def _train_score(config: NCSNTrainConfig, run: OpenRun) -> None:
+def _train_score(config: NCSNTrainConfig, run: OpenRun[Datasets]) -> None:
     datasets, world = run.datasets, run.world
     score = fit_noise(config.kind, config.score, datasets)
     model = build_data_model(config.kind, score, config.sampler, datasets.spec)
@@ -77,16 +78,16 @@ def _train_score(config: NCSNTrainConfig, run: OpenRun) -> None:
         averaged = model.with_score(state.evaluation_models()["score"])
         save(averaged, run.folder.path, config.data, notes)
 
-    fit_run(
-        stage,
-        model,
-        config,
-        {"score": config.optim},
-        run,
-        evaluate=evaluate,
-        release=release,
-        draw_curves=lambda run: _curves(run, "score matching loss, a value of the image"),
-        labels=config.score.class_conditional,
+    run.train(
+        Training(
+            stage,
+            model,
+            {"score": config.optim},
+            release,
+            evaluate,
+            lambda run: _curves(run, "score matching loss, a value of the image"),
+            labels=config.score.class_conditional,
+        )
     )
 
 
@@ -106,7 +107,7 @@ def _summary(model: DataSGM, config: NCSNTrainConfig) -> str:
     )
 
 
-def _train_classifier(config: NCSNTrainConfig, run: OpenRun) -> None:
+def _train_classifier(config: NCSNTrainConfig, run: OpenRun[Datasets]) -> None:
     datasets, world = run.datasets, run.world
     score = fit_noise(config.kind, config.score, datasets)
     model = build_classifier(config.classifier, score, datasets.spec)
@@ -127,16 +128,16 @@ def _train_classifier(config: NCSNTrainConfig, run: OpenRun) -> None:
         network = cast(Classifier, state.evaluation_models()["classifier"])
         save(model.with_network(network), run.folder.path, config.data, notes)
 
-    fit_run(
-        ClassifierStage(model, config.classifier.label_smoothing),
-        model,
-        config,
-        {"classifier": config.optim},
-        run,
-        evaluate=evaluate,
-        release=release,
-        draw_curves=lambda run: _curves(run, "cross-entropy of the label, nats"),
-        labels=True,
+    run.train(
+        Training(
+            ClassifierStage(model, config.classifier.label_smoothing),
+            model,
+            {"classifier": config.optim},
+            release,
+            evaluate,
+            lambda run: _curves(run, "cross-entropy of the label, nats"),
+            labels=True,
+        )
     )
 
 

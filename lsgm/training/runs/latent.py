@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from lsgm.config.architecture import PriorConfig
-from lsgm.config.training import LSGMTrainConfig, VAETrainConfig
-from lsgm.data import Batches, Datasets, fitting_batch_size, preprocess
+from lsgm.config.training import DataConfig, LSGMTrainConfig, OptimConfig, VAETrainConfig
+from lsgm.data import Batches, Datasets, build_datasets, fitting_batch_size, preprocess
 from lsgm.errors import UserError
 from lsgm.models.latent import LSGM, VAEModel, build_prior, build_vae
 from lsgm.models.loading import build_described, load
@@ -21,10 +22,10 @@ from lsgm.score import MixedNormalScore
 from lsgm.sde import largest_squared_distance
 from lsgm.system.curves import learning_curves, read_metrics
 from lsgm.system.files import RunFolder
+from lsgm.training.context import EvalContext
 from lsgm.training.distributed import distributed
 from lsgm.training.evaluation import evaluate_vae
-from lsgm.training.loop import EvalContext
-from lsgm.training.runs.launch import OpenRun, fit_run, open_run
+from lsgm.training.runs.launch import OpenRun, Training, open_run
 from lsgm.training.runs.resume import Resume
 from lsgm.training.stages.latent import LSGMStage, VAEStage
 from lsgm.training.state import Stage, TrainState
@@ -48,14 +49,14 @@ def train_vae(config: VAETrainConfig, out: str | None = None, *, resume: Resume 
     """
     with (
         distributed(config.train.device, config.train.timeout_minutes) as world,
-        open_run(config, config.data, out, resume, world) as run,
+        open_run(config, partial(build_datasets, config.data), out, resume, world) as run,
     ):
         if not run.plan.finished:
             torch.manual_seed(config.train.seed)
             spec = run.datasets.spec
             model = VAEModel(build_vae(config.vae, spec), spec, config.vae)
             stage = VAEStage(model, config.objective)
-            _fit(stage, model, config, {"vae": config.optim_vae}, run)
+            _fit(stage, model, config.data, {"vae": config.optim_vae}, run)
     return run.folder.path
 
 
@@ -71,7 +72,7 @@ def train_lsgm(config: LSGMTrainConfig, out: str | None = None, *, resume: Resum
         raise UserError("--vae: give the folder of a finished VAE run, for example --vae runs/vae")
     with (
         distributed(config.train.device, config.train.timeout_minutes) as world,
-        open_run(config, config.data, out, resume, world) as run,
+        open_run(config, partial(build_datasets, config.data), out, resume, world) as run,
     ):
         if not run.plan.finished:
             described = run.begun_with()
@@ -83,7 +84,7 @@ def train_lsgm(config: LSGMTrainConfig, out: str | None = None, *, resume: Resum
             optims = {"prior": config.optim_prior}
             if stage.trains_vae:
                 optims["vae"] = config.optim_vae
-            _fit(stage, model, config, optims, run)
+            _fit(stage, model, config.data, optims, run)
     return run.folder.path
 
 
@@ -175,11 +176,11 @@ def _same_images(model: VAEModel, datasets: Datasets) -> bool:
 def _fit(
     stage: Stage,
     model: VAEModel,
-    config: VAETrainConfig | LSGMTrainConfig,
-    optims: Mapping[str, Any],
-    run: OpenRun,
+    data: DataConfig,
+    optims: Mapping[str, OptimConfig],
+    run: OpenRun[Datasets],
 ) -> None:
-    data, datasets = run.data, run.datasets
+    datasets = run.datasets
 
     def evaluate(context: EvalContext) -> Mapping[str, float | None]:
         averaged = with_weights(model, context.models)
@@ -194,16 +195,7 @@ def _fit(
         num_dims = None if model.spec.binary else model.spec.num_dims
         learning_curves(lines, folder.path / "curves.png", num_dims=num_dims)
 
-    fit_run(
-        stage,
-        model,
-        config,
-        optims,
-        run,
-        evaluate=evaluate,
-        release=release,
-        draw_curves=draw_curves,
-    )
+    run.train(Training(stage, model, optims, release, evaluate, draw_curves))
 
 
 def with_weights(model: VAEModel, sides: Mapping[str, torch.nn.Module]) -> VAEModel:

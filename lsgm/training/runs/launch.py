@@ -8,24 +8,27 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
-from lsgm.config.training import DataConfig, OptimConfig, TrainConfig
-from lsgm.data import Batches, Datasets, build_datasets, fitting_batch_size
+from lsgm.config.training import OptimConfig, TrainConfig
+from lsgm.data import Batches, fitting_batch_size
+from lsgm.data.spec import ImageDataset
 from lsgm.errors import UserError
 from lsgm.models.release import Described
 from lsgm.system.files import RunFolder, atomic_write_json
 from lsgm.system.locks import FolderLock
 from lsgm.training.best import BestWeights, Release
+from lsgm.training.context import DrawCurves, Evaluate
 from lsgm.training.distributed import World, on_main
-from lsgm.training.loop import EvalContext, fit
+from lsgm.training.loop import fit
 from lsgm.training.runs.resume import Plan, Resume, plan, record_changes, release_notes
 from lsgm.training.state import Stage
 
 __all__ = [
     "OpenRun",
     "RunConfig",
-    "fit_run",
+    "Training",
+    "TrainingData",
     "open_run",
 ]
 
@@ -44,38 +47,81 @@ class RunConfig(Protocol):
         ...
 
 
+class TrainingData(Protocol):
+    """What a run trains on, :class:`lsgm.data.Datasets` for example."""
+
+    @property
+    def train(self) -> ImageDataset: ...
+
+    def summary(self) -> str:
+        """What the data are, in one line."""
+        ...
+
+    def read_all(self) -> None:
+        """Read every item once, so that a damaged one shows before the training."""
+        ...
+
+
+D = TypeVar("D", bound=TrainingData)
+
+
 @dataclass(frozen=True)
-class OpenRun:
+class Training:
+    """What a run trains.
+
+    Attributes:
+        stage: What is trained.
+        model: The model in it.
+        optims: Optimizer of each side of the stage.
+        release: Writes the trained model, with notes for its ``run.json``.
+        evaluate: See :func:`lsgm.training.loop.fit`.
+        draw_curves: Called on the main process after every evaluation is in the log.
+        labels: Train on images with their classes.
+    """
+
+    stage: Stage
+    model: Described
+    optims: Mapping[str, OptimConfig]
+    release: Release
+    evaluate: Evaluate | None = None
+    draw_curves: DrawCurves | None = None
+    labels: bool = False
+
+
+@dataclass(frozen=True)
+class OpenRun(Generic[D]):
     """A run folder that this run alone may write.
 
-    Args:
+    Attributes:
         folder: The folder.
         plan: Whether the run starts, goes on or is finished.
-        data: Which images.
+        config: The configuration.
+        build: Finds the data.
         world: The processes.
     """
 
     folder: RunFolder
     plan: Plan
-    data: DataConfig
+    config: RunConfig
+    build: Callable[[], D]
     world: World
 
     @functools.cached_property
-    def datasets(self) -> Datasets:
-        """The images.
+    def datasets(self) -> D:
+        """The data.
 
         Raises:
             UserError: They are missing.
         """
-        built: list[Datasets] = []
+        built: list[D] = []
 
         def build() -> None:
-            built.append(build_datasets(self.data))
+            built.append(self.build())
             print(built[0].summary(), flush=True)
 
         # The main process downloads what is missing before the others look.
         on_main(self.world, build)
-        return built[0] if built else build_datasets(self.data)
+        return built[0] if built else self.build()
 
     def begun_with(self) -> dict[str, Any] | None:
         """The description of the model that a run which goes on was begun with; None for a new run
@@ -85,13 +131,68 @@ class OpenRun:
             return None
         return self.folder.read_start()["model"]
 
+    def train(self, training: Training) -> None:
+        """Train in the run's folder. A batch that is larger than the data becomes as large as they
+        are.
+
+        Raises:
+            UserError: The batch does not divide, or what :func:`lsgm.training.loop.fit` raises.
+        """
+        world, folder, datasets = self.world, self.folder, self.datasets
+        settings = _fitted(self.config.train, len(datasets.train), world)
+        try:
+            batches = Batches(
+                datasets.train,
+                settings.batch_size,
+                train=True,
+                seed=settings.seed,
+                rank=world.rank,
+                world_size=world.size,
+                labels=training.labels,
+            )
+        except ValueError as error:
+            raise UserError(f"train.batch_size: {error}") from None
+
+        if self.plan.resume and folder.start.exists():
+            _check_images(folder, len(datasets.train))
+        on_main(world, datasets.read_all)
+        evaluate, release = training.evaluate, training.release
+        if settings.release == "best" and evaluate is not None:
+            best = BestWeights(folder, world)
+            evaluate, release = best.watch(evaluate), best.releasing(release)
+        fit(
+            training.stage,
+            batches,
+            settings,
+            training.optims,
+            folder,
+            evaluate=evaluate,
+            resume=self.plan.resume,
+            world=world,
+            release=lambda state: release(state, release_notes(settings, state.step)),
+            draw_curves=training.draw_curves,
+            on_start=lambda step: self._write_start(training.model, step),
+        )
+
+    def _write_start(self, model: Described, step: int) -> None:
+        # Only now that data and model have been built: a mistake leaves no folder in the way.
+        self.folder.make()
+        if not self.plan.resume:
+            start = {
+                "model": {"kind": model.kind, **model.describe()},
+                "train_images": len(self.datasets.train),
+            }
+            atomic_write_json(self.folder.start, start)
+        record_changes(self.folder, self.config, self.plan, step)
+
 
 @contextlib.contextmanager
 def open_run(
-    config: RunConfig, data: DataConfig, out: str | None, resume: Resume, world: World
-) -> Iterator[OpenRun]:
+    config: RunConfig, build: Callable[[], D], out: str | None, resume: Resume, world: World
+) -> Iterator[OpenRun[D]]:
     """The run's folder ``out`` (default ``runs/NAME``), locked until the block ends and checked to
-    be free (or to hold a run, in a resume). Nothing is written there yet.
+    be free (or to hold a run, in a resume). Nothing is written there yet; ``build`` finds the data
+    when they are needed.
 
     Raises:
         UserError: The folder is not free, is in use by another process, or holds a run that the
@@ -111,86 +212,9 @@ def open_run(
         return chosen
 
     try:
-        yield OpenRun(run, on_main(world, begin), data, world)
+        yield OpenRun(run, on_main(world, begin), config, build, world)
     finally:
         lock.release()
-
-
-def fit_run(
-    stage: Stage,
-    model: Described,
-    config: RunConfig,
-    optims: Mapping[str, OptimConfig],
-    run: OpenRun,
-    *,
-    evaluate: Callable[[EvalContext], Mapping[str, float | None]],
-    release: Release,
-    draw_curves: Callable[[RunFolder], None] | None = None,
-    labels: bool = False,
-) -> None:
-    """Train ``stage`` in the run's folder. A batch that is larger than the data becomes as large as
-    they are.
-
-    Args:
-        stage: What is trained.
-        model: The model in it.
-        config: The configuration.
-        optims: Optimizer of each side.
-        run: The folder.
-        evaluate: See :func:`lsgm.training.loop.fit`.
-        release: Writes the trained model, with notes for its ``run.json``.
-        draw_curves: Called on the main process after every evaluation is in the log.
-        labels: Train on images with their classes.
-
-    Raises:
-        UserError: The batch does not divide, or what :func:`lsgm.training.loop.fit` raises.
-    """
-    world, folder, datasets = run.world, run.folder, run.datasets
-    train = _fitted(config.train, len(datasets.train), world)
-    try:
-        batches = Batches(
-            datasets.train,
-            train.batch_size,
-            train=True,
-            seed=train.seed,
-            rank=world.rank,
-            world_size=world.size,
-            labels=labels,
-        )
-    except ValueError as error:
-        raise UserError(f"train.batch_size: {error}") from None
-
-    if run.plan.resume and folder.start.exists():
-        _check_images(folder, len(datasets.train))
-    on_main(world, datasets.read_all)
-
-    def on_start(step: int) -> None:
-        # Only now that data and model have been built: a mistake leaves no folder in the way.
-        folder.make()
-        if not run.plan.resume:
-            start = {
-                "model": {"kind": model.kind, **model.describe()},
-                "train_images": len(datasets.train),
-            }
-            atomic_write_json(folder.start, start)
-        record_changes(folder, config, run.plan, step)
-
-    if train.release == "best":
-        best = BestWeights(folder, world)
-        evaluate, release = best.watch(evaluate), best.releasing(release)
-    fit(
-        stage,
-        batches,
-        train,
-        optims,
-        folder,
-        evaluate=evaluate,
-        resume=run.plan.resume,
-        world=world,
-        release=lambda state: release(state, release_notes(train, state.step)),
-        draw_curves=draw_curves,
-        on_start=on_start,
-    )
 
 
 def _check_images(run: RunFolder, now: int) -> None:

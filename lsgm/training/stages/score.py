@@ -20,7 +20,7 @@ from lsgm.noise_ladder import LadderTimes
 from lsgm.score import EpsFn
 from lsgm.score_matching import ScoreLoss, score_loss
 from lsgm.sde import LinearSDE
-from lsgm.times import TimeProposal, make_proposal, weighted_times
+from lsgm.times import TimeProposal, make_proposal
 from lsgm.training.state import Stage, StepContext, StepOutput
 from lsgm.weighting import make_weighting
 from vae.random import Rng, rand
@@ -57,8 +57,6 @@ class ScoreStage(Stage):
             self.proposal: TimeProposal
             if model.levels is not None:
                 self.proposal = LadderTimes(model.levels)
-            elif objective.proposal == "weighted":
-                self.proposal = weighted_times(model.sde, self.weighting)
             else:
                 self.proposal = make_proposal(objective.proposal, model.sde, self.weighting)
         except ValueError as error:
