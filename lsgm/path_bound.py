@@ -139,11 +139,11 @@ def path_steps(sde: LinearSDE, steps: int, grid: str, t_end: float) -> tuple[Pat
         raise ValueError(f"steps must be at least 1, got {steps}")
     one = torch.ones(1, dtype=torch.float64)
     times = one if steps == 1 else make_grid(grid, sde, steps - 1, t_end)
-    var = sde.var(times)
-    if not (var > 0).all():
+    variances = sde.var(times)
+    if not (variances > 0).all():
         raise ValueError(f"the kernel has no variance at t_end={t_end}: choose a larger time")
     zero = 0 * one
-    columns = (times, sde.mean_coef(times), var, sde.total_var(times))
+    columns = (times, sde.mean_coef(times), variances, sde.total_var(times))
     t, m, var, total = (column.tolist() for column in columns)
     m_next, var_next = [*m[1:], 1.0], [*var[1:], 0.0]
     total_next = [*total[1:], (sde.total_var(zero) - sde.var(zero)).item()]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lsgm.bisection import invert
-from lsgm.config.checks import require
+from lsgm.errors import require
 from lsgm.registry import SDES
 from lsgm.tensors import expand_like, sum_except_batch
 from vae.random import Rng, randn

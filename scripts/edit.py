@@ -1,22 +1,7 @@
 #!/usr/bin/env python3
-"""Change images with a trained run: fill in pixels, colour grey images, draw given classes, go from
-one image to another, encode and decode, or draw some latent groups anew. Each writes a PNG grid.
-"""
+"""Change images with a trained run: `lsgm edit`."""
 
-import sys
-
-from lsgm.commands.run import run
-
-
-def main() -> None:
-    from lsgm.commands.edit import COMMANDS, edit_command
-
-    name, *arguments = sys.argv[1:] or ["--help"]
-    if name in ("-h", "--help"):
-        print(__doc__ + "\nUsage: edit.py {" + ",".join(COMMANDS) + "} [--help] ...")
-        return
-    edit_command(name, arguments)
-
+from lsgm.commands.main import run_script
 
 if __name__ == "__main__":
-    run(main)
+    run_script("edit")

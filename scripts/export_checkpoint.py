@@ -1,15 +1,7 @@
 #!/usr/bin/env python3
-"""Write the model of a finished run in the form of other software, so that it can be used there."""
+"""Write the model of a finished run in the form of other software: `lsgm export`."""
 
-import sys
-
-from lsgm.commands.run import run
-from lsgm.exporters.command import export_command
-
-
-def main() -> None:
-    export_command(sys.argv[1:], description=__doc__)
-
+from lsgm.commands.main import run_script
 
 if __name__ == "__main__":
-    run(main)
+    run_script("export")

@@ -1,18 +1,7 @@
 #!/usr/bin/env python3
-"""Turn a checkpoint of another implementation into a run folder, which evaluate.py, sample.py and
-lsgm.load() open.
-"""
+"""Make a run of another implementation's checkpoint: `lsgm import`."""
 
-import sys
-
-from lsgm.commands.run import run
-
-
-def main() -> None:
-    from lsgm.importers.command import import_command
-
-    import_command(sys.argv[1:], description=__doc__)
-
+from lsgm.commands.main import run_script
 
 if __name__ == "__main__":
-    run(main)
+    run_script("import")

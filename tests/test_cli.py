@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from lsgm.commands.run import EXIT_BROKEN_PIPE, EXIT_USER_ERROR, STOP_SIGNALS, run
+from lsgm.commands.run import EXIT_BROKEN_PIPE, EXIT_USER_ERROR, run
 from lsgm.errors import UserError
 from lsgm.system.files import RunFolder
+from lsgm.system.signals import STOP_SIGNALS
 from lsgm.training.logging import RunLogger
 
 

@@ -19,6 +19,9 @@ from lsgm.config.command_line import (
     save_config,
     take_data_from_run,
 )
+from lsgm.config.help import field_docs
+from lsgm.config.keys import schema_keys
+from lsgm.config.packaged import config_summary, packaged_configs
 from lsgm.config.training import (
     DataConfig,
     LSGMTrainConfig,
@@ -239,19 +242,60 @@ def test_help_shows_every_field_and_exits_with_zero(capsys):
     assert "experiment" not in text
 
 
-def test_every_field_has_help(capsys):
+def options_in(capsys, argv: list[str]) -> list[str]:
+    with pytest.raises(SystemExit) as stop:
+        parse_command_line(VAETrainConfig, argv, shown=("data.name", "optim_vae.lr"))
+    assert stop.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    return [line.split()[0] for line in lines if line.startswith("  --")]
+
+
+def test_help_shows_the_options_that_matter_and_help_all_the_rest(capsys):
+    keys = [f"--{key}" for key in schema_keys(VAETrainConfig)]
+    plain = ["--config", "--out", "--resume"]
+    assert options_in(capsys, ["--help"]) == [*plain, "--data.name", "--optim_vae.lr"]
+    assert options_in(capsys, ["--help-all"]) == [*plain, *keys]
+
+
+def test_help_shows_the_values_of_the_configuration(tmp_path, capsys):
+    path = write(tmp_path, "optim_vae: {lr: 0.0625, betas: [0.25, 0.5]}\ntrain: {compile: true}")
     with pytest.raises(SystemExit):
-        parse_command_line(LSGMTrainConfig, ["--help"])
-    with pytest.raises(SystemExit):
-        parse_command_line(VAETrainConfig, ["--help"])
-    # A field without a docstring would show its default and nothing before it.
-    lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
-    undocumented = [
-        a
-        for a, b in zip(lines, lines[1:], strict=False)
-        if a.startswith("--") and b.startswith("(default")
-    ]
-    assert undocumented == []
+        parse_command_line(VAETrainConfig, ["--help", "--config", str(path)])
+    text = " ".join(capsys.readouterr().out.split())
+    for key, metavar, shown in (
+        ("optim_vae.lr", "FLOAT", "Learning rate after the warm-up. (default: 0.0625)"),
+        ("optim_vae.betas", "FLOAT FLOAT", "moments, per step. (default: 0.25 0.5)"),
+        ("train.compile", "{true,false}", "networks. (default: true)"),
+        ("train.max_steps", "INT", "earlier. (default: None)"),
+        ("optim_vae.optimizer", "{adamax,adam,adamw}", "it. (default: adamax)"),
+    ):
+        assert shown in text.partition(f"--{key} {metavar} ")[2].partition(" --")[0]
+
+
+@pytest.mark.parametrize("schema", [VAETrainConfig, LSGMTrainConfig, NCSNTrainConfig])
+def test_every_field_has_help(schema):
+    assert [key for key, text in field_docs(schema).items() if not text] == []
+
+
+def test_a_packaged_configuration_is_found_by_name_and_a_file_wins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = parse_command_line(VAETrainConfig, ["--config", "omniglot/vae_small"])
+    assert line.config.data.name == "omniglot"
+    assert load_config(VAETrainConfig, "omniglot/vae_small") == line.config
+    (tmp_path / "omniglot").mkdir()
+    (tmp_path / "omniglot" / "vae_small").write_text("name: mine")
+    assert load_config(VAETrainConfig, "omniglot/vae_small").name == "mine"
+
+
+def test_a_wrong_name_of_a_configuration_gets_the_right_one(tmp_path):
+    wrong = message(load_config, VAETrainConfig, "omniglot/vae_smal")
+    assert wrong.endswith("no such configuration file; did you mean omniglot/vae_small?")
+    assert "lsgm configs" in message(load_config, VAETrainConfig, "nothing-like-it")
+
+
+def test_the_summary_of_a_configuration_is_its_first_sentence(tmp_path):
+    path = write(tmp_path, "# One of two\n# lines (App. B).\n# More.\nname: x")
+    assert config_summary(path) == "One of two lines (App. B)"
 
 
 def test_second_stage_takes_the_data_of_the_vae_run(tmp_path):
@@ -299,9 +343,9 @@ def test_sections_check_their_values():
         DataConfig(test_fraction=1.0)
 
 
-@pytest.mark.parametrize(
-    "path", sorted(Path(__file__).parents[1].glob("configs/*/*.yaml")), ids=str
-)
-def test_shipped_configs_are_valid(path):
+@pytest.mark.parametrize("name", packaged_configs())
+def test_shipped_configs_are_valid(name):
+    path = packaged_configs()[name]
     kinds = {"vae": VAETrainConfig, "lsgm": LSGMTrainConfig}
-    load_config(kinds.get(path.stem.split("_")[0], NCSNTrainConfig), path)
+    load_config(kinds.get(path.stem.split("_")[0], NCSNTrainConfig), name)
+    assert config_summary(path)

@@ -9,7 +9,7 @@ from oracles import GaussianOracle
 from lsgm.data.pixels import Pixels
 from lsgm.data.spec import DataSpec
 from lsgm.divergence import HutchinsonDivergence
-from lsgm.evaluation.likelihood.images import ode_data_likelihood
+from lsgm.models.image_likelihood import ode_data_likelihood
 from lsgm.sde import VESDE, VPSDE, SubVPSDE
 
 SPEC = DataSpec("toy", channels=2, image_size=3, padding=1, binary=True)

@@ -20,7 +20,7 @@ from lsgm.config.command_line import load_config, load_run_config
 from lsgm.config.training import NCSNTrainConfig
 from lsgm.importers.command import import_command
 from lsgm.importers.ncsn_checkpoints import choose_config, read_ncsn
-from lsgm.importers.ncsn_options import CONFIGS, PUBLISHED
+from lsgm.importers.ncsn_options import PUBLISHED
 from lsgm.importers.score_runs import meta_model
 from lsgm.networks.ncsn import NCSN
 from lsgm.noise_ladder import NoiseLadder
@@ -72,7 +72,7 @@ def published(network: NCSN) -> dict[str, Tensor]:
 
 def network(conditional: bool, levels: int, width: int = 2, config: str = "cifar10/ncsn") -> NCSN:
     torch.manual_seed(0)
-    sizes = load_config(NCSNTrainConfig, CONFIGS / f"{config}.yaml").score.refinenet
+    sizes = load_config(NCSNTrainConfig, config).score.refinenet
     return NCSN(
         3,
         32,
@@ -182,7 +182,7 @@ def test_a_published_network_is_found_by_its_shapes(tmp_path: Path) -> None:
     """NCSNv2 by its levels; what two runs share by the name of the folder."""
     for form, names in PUBLISHED.items():
         for published_name, name in names.items():
-            config = load_config(NCSNTrainConfig, CONFIGS / f"{name}.yaml")
+            config = load_config(NCSNTrainConfig, name)
             model = meta_model(config)
             folder = tmp_path / form / published_name
             folder.mkdir(parents=True)

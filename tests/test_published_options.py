@@ -307,7 +307,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, float]]:
     values: dict[int, float] = {}
     digits = build_datasets(DataConfig())
     few = replace(digits, train=ArrayDataset(digits.train.batch(torch.arange(16))))
-    monkeypatch.setattr("lsgm.data.build_datasets", lambda _: few)
+    monkeypatch.setattr("lsgm.training.runs.launch.build_datasets", lambda _: few)
 
     def evaluate(*arguments: object) -> dict[str, float]:
         (context,) = (a for a in arguments if isinstance(a, EvalContext))
@@ -315,7 +315,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, float]]:
             raise KeyboardInterrupt
         return {"nelbo": values[context.step]}
 
-    monkeypatch.setattr("lsgm.training.evaluation.evaluate_vae", evaluate)
+    monkeypatch.setattr("lsgm.training.runs.latent.evaluate_vae", evaluate)
     yield values
 
 
@@ -406,7 +406,7 @@ def test_the_published_scan_for_inactive_channels_reads_images_as_training_does(
         flags.append(train)
         return 2 * x.round() - 1
 
-    monkeypatch.setattr("lsgm.data.preprocess", record)
+    monkeypatch.setattr("lsgm.training.runs.latent.preprocess", record)
     prior = PriorConfig(NETWORK, drop_inactive=True, inactive_mask=mask)  # type: ignore[arg-type]
     data = ArrayDataset(images(8))
     model = make_model(prior)

@@ -27,13 +27,18 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-COMMANDS = {"benchmark": ["train"], "edit": ["reconstruct"], "import_checkpoint": ["official-lsgm"]}
+COMMANDS = {
+    "benchmark": ["train"],
+    "edit": ["reconstruct"],
+    "import_checkpoint": ["official-lsgm"],
+    "export_checkpoint": ["run", "--to", "diffusers", "--out", "x"],
+}
 
 
 def settings_at_torch(script: Path, **environment: str) -> list[str]:
     clean = {key: value for key, value in os.environ.items() if key not in NAMES}
     result = subprocess.run(
-        [sys.executable, "-c", UNTIL_TORCH, script, *COMMANDS.get(script.stem, ()), "--help"],
+        [sys.executable, "-c", UNTIL_TORCH, script, *COMMANDS.get(script.stem, ())],
         env=clean | {"PYTHONPATH": str(ROOT)} | environment,
         capture_output=True,
         text=True,

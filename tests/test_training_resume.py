@@ -305,6 +305,9 @@ def test_the_command_to_resume(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert resume_command().startswith("torchrun --nproc-per-node 4 scripts/train_vae.py")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/lsgm", "train-vae"])
+    assert resume_command() == "/usr/bin/lsgm train-vae --resume"
 
 
 def test_a_run_without_a_checkpoint_starts_anew(tmp_path, whole):

@@ -86,6 +86,7 @@ class _PixelConv:
     def __init__(self, conv: CausalConv2d, like: Tensor, fill: float = 0.0) -> None:
         batch, _, height, width = like.shape
         channels, reach = conv.weight.shape[1], conv.reach
+        assert conv.bias is not None  # every causal convolution has one
         self.reach, self.bias = reach, conv.bias
         self.matrix = conv.kernel().flatten(1).t().contiguous()
         padded = (batch, channels, height + reach, width + 2 * reach)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,8 @@ __all__ = [
     "kl_per_group",
     "standard_normal_log_prob",
 ]
+
+Number = TypeVar("Number", Tensor, float)
 
 BalanceRule = Literal["equal", "linear", "sqrt", "square"]
 
@@ -239,7 +241,7 @@ def bounds(
     return Bounds(nelbo, -importance_weighted_bound(log_weights), log_weights)
 
 
-def bits_per_dim(nats: Tensor | float, dimensions: int) -> Tensor | float:
+def bits_per_dim(nats: Number, dimensions: int) -> Number:
     """Convert ``nats`` per image of ``dimensions`` values."""
     return nats / (dimensions * math.log(2))
 

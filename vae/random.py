@@ -20,7 +20,7 @@ True
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -107,9 +107,12 @@ def rand(
 
 
 def _draw(
-    draw: object, shape: Sequence[int], rng: Rng, device: torch.device | str, dtype: torch.dtype
+    draw: Callable[..., Tensor],
+    shape: Sequence[int],
+    rng: Rng,
+    device: torch.device | str,
+    dtype: torch.dtype,
 ) -> Tensor:
-    assert callable(draw)
     if isinstance(rng, ShardedGenerator):
         size = tuple(shape)
         if not size:
@@ -121,8 +124,8 @@ def _draw(
     if isinstance(rng, RowGenerators):
         if shape[0] != len(rng.generators):
             raise ValueError(f"{len(rng.generators)} generators for {shape[0]} rows")
-        rows = [draw(tuple(shape[1:]), generator=g, dtype=dtype) for g in rng.generators]
-        return torch.stack(rows).to(device)
+        drawn = [draw(tuple(shape[1:]), generator=g, dtype=dtype) for g in rng.generators]
+        return torch.stack(drawn).to(device)
     if rng is None:
         return draw(tuple(shape), device=device, dtype=dtype)
     # The generator's device decides where the numbers are made, so that one seed means the same

@@ -13,7 +13,7 @@ from lsgm.benchmark.variance import variance_command
 
 __all__ = ["COMMANDS"]
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+COMMANDS: dict[str, Callable[[Sequence[str], str], None]] = {
     "few-step": few_step_command,
     "few-step-images": few_step_images_command,
     "joint": joint_command,
@@ -21,4 +21,4 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "vae": vae_command,
     "variance": variance_command,
 }
-"""Benchmarks by name; a new one is one function over its arguments and its line here."""
+"""Benchmarks by name; a new one is one function over arguments and its name, and a line here."""

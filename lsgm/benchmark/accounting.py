@@ -53,7 +53,7 @@ def _backward_flops(
     grad_out: Sequence[int], x: Sequence[int], weight: Sequence[int], *args: Any, **_: Any
 ) -> int:
     """Each wanted gradient, of the input or the kernel, costs what the forward pass did."""
-    *_, output_mask = args
+    output_mask = args[-1]
     forward = 2 * grad_out[0] * math.prod(grad_out[2:]) * math.prod(weight)
     return forward * sum(map(bool, output_mask[:2]))
 

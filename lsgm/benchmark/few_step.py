@@ -201,19 +201,18 @@ def measure(
     )
 
 
-def few_step_command(argv: Sequence[str]) -> None:
-    """``benchmark.py few-step [--run RUN] [--nfe N ...] [--samples S] [--out FOLDER] ...``."""
-    line = parse_command_line(
-        FewStepOptions, argv, extra=(), prog="benchmark.py few-step", description=__doc__
-    )
+def few_step_command(argv: Sequence[str], prog: str = "few-step") -> None:
+    """``benchmark few-step [--run RUN] [--nfe N ...] [--samples S] [--out FOLDER] ...``."""
+    line = parse_command_line(FewStepOptions, argv, extra=(), prog=prog, description=__doc__)
     options = line.config
     check_output(Path(options.out) / "report.json", "--out")
     if options.run is None:
         case = mixture_case(options.samples, options.pilots, options.t_end)
     else:
+        folder = Path(options.run)
         options = replace(options, tolerance=max(options.tolerance, 1e-6))
         case = run_case(
-            Path(options.run),
+            folder,
             options.samples,
             options.pilots,
             options.t_end,

@@ -27,9 +27,9 @@ from lsgm.data import build_datasets
 from lsgm.errors import UserError
 from lsgm.models.images import DataSGM
 from lsgm.models.loading import load
-from lsgm.sampling.sampler import few_step_grid
 from lsgm.sde import VESDE, LinearSDE, make_sde
 from lsgm.solvers import Solver, make_grid, make_solver
+from lsgm.solvers.sampler import few_step_grid
 from lsgm.system.files import atomic_write_text
 from lsgm.system.markdown import markdown_table
 
@@ -148,7 +148,8 @@ def _run_case(folder: Path, options: FewStepImagesOptions) -> tuple[Case, Solver
         raise UserError(f"{folder}: is no score model of images")
     last = torch.tensor([model.defaults.t_end], dtype=torch.float64)
     t_end = model.defaults.t_end if model.sde.var(last).item() > 0 else SMALLEST_TIME
-    solver, times = model.default_solver()
+    sampler = model.default_sampler()
+    solver, times = sampler.method, sampler.times_for(model.sde)
     zero = torch.zeros(())
 
     def eps(x: Tensor, t: Tensor) -> Tensor:
@@ -236,10 +237,10 @@ def measure_images(
     return f"## {case.name}\n\n{kind}, images of {shape}. {said}\n\n{table}\n"
 
 
-def few_step_images_command(argv: Sequence[str]) -> None:
-    """``benchmark.py few-step-images [--run RUN ...] [--nfe N ...] [--out FILE] ...``."""
+def few_step_images_command(argv: Sequence[str], prog: str = "few-step-images") -> None:
+    """``benchmark few-step-images [--run RUN ...] [--nfe N ...] [--out FILE] ...``."""
     line = parse_command_line(
-        FewStepImagesOptions, argv, extra=(), prog="benchmark.py few-step-images",
+        FewStepImagesOptions, argv, extra=(), prog=prog,
         description=__doc__,
     )  # fmt: skip
     options = line.config

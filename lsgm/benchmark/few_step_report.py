@@ -103,9 +103,10 @@ def _solver_table(result: FewStepResult, family: str) -> str:
     solvers = sorted({one.solver for one in result.rows if one.family == family})
     rows = []
     for solver in solvers:
+        own = [m for m in result.rows if (m.family, m.solver) == (family, solver)]
         cells = []
         for nfe in result.options["nfe"]:
-            one = best(result.rows, nfe, lambda m, s=solver: (m.family, m.solver) == (family, s))
+            one = best(own, nfe, lambda m: True)
             cells.append("" if one is None else f"{_number(one.rms)} [{one.grid}]")
         rows.append([solver, *cells])
     return markdown_table(["solver", *map(str, result.options["nfe"])], rows)

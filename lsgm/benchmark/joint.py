@@ -13,13 +13,13 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lsgm.benchmark.accounting import peak_memory
 from lsgm.benchmark.training import (
-    CONFIGS,
     LSGM_OPTION,
     WARMUP_STEPS,
     StepCost,
@@ -113,7 +113,7 @@ def phases(
     optims = {"vae": config.optim_vae, "prior": config.optim_prior}
     prior = {"prior": config.optim_prior}
 
-    def second(training: str, model: LSGM) -> LSGMStage:
+    def second(training: Literal["joint", "disjoint", "frozen"], model: LSGM) -> LSGMStage:
         return LSGMStage(model, config.objective, replace(config.prior, training=training))
 
     def first_stage() -> Phase:
@@ -283,16 +283,16 @@ BATCH_OPTION = Option("batch", "images a step; default: the second stage's", "N"
 ROUNDS_OPTION = Option("repeats", "timed rounds of all steps, of which the median counts", "N", "7")
 
 
-def joint_command(argv: Sequence[str]) -> None:
-    """``benchmark.py joint [--config VAE_CONFIG] [--lsgm LSGM_CONFIG] [--batch N] [--repeats N]
+def joint_command(argv: Sequence[str], prog: str = "joint") -> None:
+    """``benchmark joint [--config VAE_CONFIG] [--lsgm LSGM_CONFIG] [--batch N] [--repeats N]
     [--section.key value ...]``.
     """
     line = parse_command_line(
         VAETrainConfig,
         argv,
         extra=(LSGM_OPTION, BATCH_OPTION, ROUNDS_OPTION),
-        default_config=CONFIGS / "digits" / "vae.yaml",
-        prog="benchmark.py joint",
+        default_config="digits/vae",
+        prog=prog,
         description="Cost of a joint step against a step of the VAE and one of the prior on given "
         "latents, taken in turns; a step of the prior over the frozen VAE for comparison.",
     )

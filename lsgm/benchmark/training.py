@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -46,7 +45,6 @@ __all__ = [
     "vae_stage",
 ]
 
-CONFIGS = Path(__file__).parent.parent.parent / "configs"
 WARMUP_STEPS = 2
 """In the first the optimizers take their state, in the second the heap finds its size."""
 
@@ -209,16 +207,16 @@ def positive_number(options: Mapping[str, str | None], option: Option) -> int:
     return int(text)
 
 
-def train_command(argv: Sequence[str]) -> None:
-    """``benchmark.py train [--config VAE_CONFIG] [--lsgm LSGM_CONFIG] [--repeats N] [--section.key
+def train_command(argv: Sequence[str], prog: str = "train") -> None:
+    """``benchmark train [--config VAE_CONFIG] [--lsgm LSGM_CONFIG] [--repeats N] [--section.key
     value ...]``.
     """
     line = parse_command_line(
         VAETrainConfig,
         argv,
         extra=(LSGM_OPTION, REPEATS_OPTION),
-        default_config=CONFIGS / "digits" / "vae.yaml",
-        prog="benchmark.py train",
+        default_config="digits/vae",
+        prog=prog,
         description="Cost of a step of both stages: median seconds, images/s, peak memory.",
     )
     repeats = positive_number(line.options, REPEATS_OPTION)

@@ -105,13 +105,13 @@ def measure_vae(config: VAETrainConfig, repeats: int = 7, *, plain: bool = False
     return in_fresh_process(_job, plain_config(config) if plain else config, repeats, plain)
 
 
-def vae_command(argv: Sequence[str]) -> None:
-    """``benchmark.py vae [--config FILE] [--batch N] [--repeats N] [--section.key value ...]``."""
+def vae_command(argv: Sequence[str], prog: str = "vae") -> None:
+    """``benchmark vae [--config FILE] [--batch N] [--repeats N] [--section.key value ...]``."""
     line = parse_command_line(
         VAETrainConfig,
         argv,
         extra=(BATCH_OPTION, REPEATS_OPTION),
-        prog="benchmark.py vae",
+        prog=prog,
         description="Cost of a first-stage step, against the same network without our fast paths "
         "in float32 and channels-first, and where the time goes.",
     )

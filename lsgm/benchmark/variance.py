@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -171,7 +171,7 @@ def run_study(options: VarianceOptions) -> list[NoiseRow]:
     latents = _encode(model, options, device)
     rows = _study(own, "trained", model.score, latents, options)
     for kind in others:
-        sde = replace(config.sde, kind=kind)
+        sde = replace(config.sde, kind=cast(Any, kind))  # the section checks it
         if kind == "vesde" and kind != own:
             sde = replace(sde, sigma2_max=_range(latents.z0))
         torch.manual_seed(options.seed)
@@ -338,15 +338,15 @@ def draw_figure(rows: Sequence[NoiseRow], path: Path) -> None:
     plt.close(figure)
 
 
-def variance_command(argv: Sequence[str]) -> None:
-    """``benchmark.py variance [--run RUN] [--images N] [--repeats N] [--sdes KIND ...]
+def variance_command(argv: Sequence[str], prog: str = "variance") -> None:
+    """``benchmark variance [--run RUN] [--images N] [--repeats N] [--sdes KIND ...]
     [--out FOLDER] ...``.
     """
     options = parse_command_line(
         VarianceOptions,
         argv,
         extra=(),
-        prog="benchmark.py variance",
+        prog=prog,
         description=VarianceOptions.__doc__,
     ).config
     folder = Path(options.out or (Path(options.run) / "variance" if options.run else "variance"))

@@ -1,4 +1,4 @@
-"""What every script does around its main function: the allocator is set, and signals and errors
+"""What every command does around its main function: the allocator is set, and signals and errors
 become one line and an exit code.
 
 Nothing here imports torch, so that a script which imports this first, and the rest inside its main
@@ -19,13 +19,13 @@ from typing import NoReturn
 
 from lsgm.errors import Interrupted, UserError
 from lsgm.system.allocator import keep_freed_memory
+from lsgm.system.signals import STOP_SIGNALS
 
 __all__ = [
     "EXIT_BROKEN_PIPE",
     "EXIT_INTERRUPTED",
     "EXIT_OTHER",
     "EXIT_USER_ERROR",
-    "STOP_SIGNALS",
     "run",
 ]
 
@@ -39,12 +39,6 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
-
-
-STOP_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
-)
-"""Signals that end a script as Ctrl-C does: a scheduler's or a closed terminal's."""
 
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)

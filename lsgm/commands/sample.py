@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lsgm.config.command_line import parse_command_line
 from lsgm.errors import UserError
-from lsgm.models.base import has_diffusion
-from lsgm.models.latent import VAEModel
+from lsgm.models.base import Batch
 from lsgm.models.loading import load, require_run
-from lsgm.sampling.draw import Batch, iterate_samples, solver_name
+from lsgm.sampling.draw import iterate_samples, solver_name
 from lsgm.sampling.sampler import SolverOptions, given_solver_options
 from lsgm.solvers import Progress
 from lsgm.system.device import choose_device
@@ -27,12 +27,30 @@ from lsgm.system.progress import progress_bar
 from lsgm.training.checkpoint_model import load_checkpoint
 
 __all__ = [
+    "SHOWN",
     "SampleOptions",
+    "sample",
     "sample_to_file",
 ]
 
 MAX_GRID_IMAGES = 1024
 """Most images that a PNG grid may hold: more could not be told apart."""
+
+SHOWN = tuple(
+    "run checkpoint n index out dtype latents solver nfe grid t_end tolerance denoise temperature "
+    "batch_size seed device".split()
+)
+"""The options that ``--help`` shows."""
+
+
+def sample(argv: Sequence[str], prog: str) -> None:
+    """Draw images from a trained run: a PNG grid, a folder of PNGs, or an NPZ with the array
+    `images` (N, C, H, W) in [0, 1].
+    """
+    line = parse_command_line(
+        SampleOptions, argv, extra=(), prog=prog, description=sample.__doc__, shown=SHOWN
+    )
+    sample_to_file(line.config)
 
 
 @dataclass(frozen=True)
@@ -99,9 +117,9 @@ def sample_to_file(options: SampleOptions) -> None:
         model = load(run, device)
     else:
         model = load_checkpoint(run, options.checkpoint, device)
-    if options.latents and not isinstance(model, VAEModel):
+    if options.latents and not model.has_latents:
         raise UserError("--latents: this run is a model of images and has no latents")
-    if not has_diffusion(model) and (idle := given_solver_options(options)):
+    if model.diffusion is None and (idle := given_solver_options(options)):
         raise UserError(f"--{idle[0]}: {run} is a VAE under N(0, I), which no solver samples")
     out = Path(options.out)
     start = time.perf_counter()

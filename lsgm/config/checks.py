@@ -6,6 +6,8 @@ import dataclasses
 import math
 from typing import Any
 
+from lsgm.errors import require
+
 __all__ = [
     "check_values",
     "require",
@@ -14,11 +16,6 @@ __all__ = [
     "require_non_negative",
     "require_positive",
 ]
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 UNBOUNDED = ("churn_max",)

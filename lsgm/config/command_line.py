@@ -1,33 +1,31 @@
 """Reading configurations from YAML files and the command line, and writing them.
 
 Three layers, later ones win: the defaults of the schema (:mod:`lsgm.config.training`), a YAML file
-(read by OmegaConf), and ``--section.key value`` (:mod:`lsgm.config.overrides`). Every mistake
-becomes one :class:`~lsgm.errors.UserError` line that names the key, the file and the nearest valid
-key.
+(:mod:`lsgm.config.layers`), and ``--section.key value`` (:mod:`lsgm.config.overrides`). Every
+mistake becomes one :class:`~lsgm.errors.UserError` line that names the key, the file and the
+nearest valid key.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import os
 import sys
-import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar, cast
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
-from lsgm.config.checks import check_values
-from lsgm.config.keys import misfit, schema_keys, suggestion
-from lsgm.config.overrides import Option, apply_overrides, parse_tokens, split_plain
+from lsgm.config.help import help_text
+from lsgm.config.layers import lay_over, read_layer
+from lsgm.config.overrides import HELP_ALL_FLAG, HELP_FLAGS, Option, apply_overrides, split_plain
+from lsgm.config.packaged import find_config
 from lsgm.config.training import RETIRED_KEYS, LSGMTrainConfig, NCSNTrainConfig, VAETrainConfig
 from lsgm.errors import UserError
 from lsgm.system.files import atomic_write_text
-from lsgm.system.integrity import sign, signed_text
+from lsgm.system.integrity import sign
 
 __all__ = [
     "CONFIG_FILE",
@@ -35,6 +33,7 @@ __all__ = [
     "LSGM_RUN",
     "OUT",
     "RESUME",
+    "RunConfig",
     "VAE_RUN",
     "load_config",
     "load_run_config",
@@ -48,6 +47,10 @@ CONFIG_FILE = "config.yaml"
 
 
 T = TypeVar("T")
+
+
+RunConfig: TypeAlias = VAETrainConfig | LSGMTrainConfig | NCSNTrainConfig
+"""What a run folder may be trained by."""
 
 
 OUT = Option("out", "run folder to write; default runs/NAME", "DIR")
@@ -85,28 +88,39 @@ class CommandLine(Generic[T]):
 def load_config(
     config_class: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()
 ) -> T:
-    """Return a configuration from a YAML file (None: the defaults) and command-line tokens.
+    """Return a configuration from a YAML file and command-line tokens.
+
+    Args:
+        config_class: The schema.
+        path: The file, or the name of a packaged configuration such as ``omniglot/vae_small``
+            (:func:`~lsgm.config.packaged.packaged_configs`). None: the defaults of the schema.
+        overrides: As on a command line: ``["--train.epochs", "3"]``.
 
     Raises:
         UserError: For a file that cannot be read, an unknown key, or a value that does not fit.
     """
-    config = config_class() if path is None else _read_yaml(config_class, Path(path))
-    return apply_overrides(config, overrides) if overrides else config
+    config = config_class() if path is None else _read(config_class, find_config(path))
+    return apply_overrides(config, split_plain(overrides, (), config_class)[1])
 
 
-def load_run_config(run: str | Path) -> VAETrainConfig | LSGMTrainConfig | NCSNTrainConfig:
+def load_run_config(run: str | Path) -> RunConfig:
     """Return the configuration of a run folder, of any kind.
 
     Raises:
         UserError: If the folder has no readable config.yaml.
     """
     path = Path(run) / CONFIG_FILE
-    keys = _read_mapping(path)
+    keys = read_layer(path)
+    schema: type[RunConfig] = VAETrainConfig
     if "score" in keys:
-        return _build(NCSNTrainConfig, keys, path)
-    if "prior" in keys:
-        return _build(LSGMTrainConfig, keys, path)
-    return _build(VAETrainConfig, keys, path)
+        schema = NCSNTrainConfig
+    elif "prior" in keys:
+        schema = LSGMTrainConfig
+    return lay_over(schema, None, keys, f"{path}: ", RETIRED_KEYS)
+
+
+def _read(config_class: type[T], path: Path) -> T:
+    return lay_over(config_class, None, read_layer(path), f"{path}: ", RETIRED_KEYS)
 
 
 def save_config(config: Any, path: str | Path) -> None:
@@ -116,9 +130,7 @@ def save_config(config: Any, path: str | Path) -> None:
     atomic_write_text(Path(path), sign(OmegaConf.to_yaml(OmegaConf.structured(config))))
 
 
-def run_folder(
-    config: VAETrainConfig | LSGMTrainConfig | NCSNTrainConfig, out: str | Path | None = None
-) -> Path:
+def run_folder(config: RunConfig, out: str | Path | None = None) -> Path:
     """Return the folder a run is written to: `out`, or runs/NAME."""
     return Path(out) if out is not None else Path("runs") / config.name
 
@@ -136,15 +148,15 @@ def take_data_from_run(config: LSGMTrainConfig, options: dict[str, Any]) -> LSGM
         if not (options.get("vae") or options.get("lsgm")):
             config = dataclasses.replace(config, vae_run=begun.vae_run, lsgm_run=begun.lsgm_run)
         config = dataclasses.replace(config, data=config.data or begun.data)
-    named = {f"{kind}_run": options.get(kind) for kind in ("vae", "lsgm")}
-    if not any(named.values()):
-        named = {"vae_run": config.vae_run, "lsgm_run": config.lsgm_run}
-    runs = [run for run in named.values() if run is not None]
+    vae, lsgm = options.get("vae"), options.get("lsgm")
+    if not (vae or lsgm):
+        vae, lsgm = config.vae_run, config.lsgm_run
+    runs = [run for run in (vae, lsgm) if run is not None]
     if not runs:
         raise UserError("--vae: give the folder of a finished VAE run, for example --vae runs/vae")
     if len(runs) > 1:
         raise UserError(f"--vae, --lsgm: give one run to start from, not both {' and '.join(runs)}")
-    config = dataclasses.replace(config, **named)
+    config = dataclasses.replace(config, vae_run=vae, lsgm_run=lsgm)
     if config.data is not None:
         return config
     return dataclasses.replace(config, data=load_run_config(runs[0]).data)
@@ -159,154 +171,49 @@ def parse_command_line(
     prepare: Callable[[T, dict[str, Any]], T] | None = None,
     prog: str | None = None,
     description: str | None = None,
+    shown: Sequence[str] | None = None,
 ) -> CommandLine[T]:
     """Parse ``[--config FILE] [plain options] [--section.key value ...]``.
 
-    ``--help`` prints every field with its unit and default and exits with code 0. With ``--resume``
-    and no ``--config``, the configuration that the run folder holds takes the place of
-    `default_config`.
+    ``--help`` prints the fields in ``shown`` with their units and defaults, ``--help-all`` every
+    field; both exit with code 0. With ``--resume`` and no ``--config``, the configuration that the
+    run folder holds takes the place of ``default_config``.
 
     Args:
         config_class: The schema.
         argv: Arguments without the program's name; None: those of this process.
         extra: Plain options beside ``--config``.
-        default_config: YAML file used when ``--config`` is absent.
+        default_config: YAML file, or name of a packaged one, used when ``--config`` is absent.
         prepare: Called with the configuration before overrides and the options; returns the
             configuration to override.
-        prog: Program name in the help text.
-        description: First lines of the help text.
+        prog: Program name in the help text; None: of this process.
+        description: First lines of the help text; None: the schema's.
+        shown: Keys that ``--help`` shows; None: all.
 
     Raises:
         UserError: For an unknown option or key, or a value that does not fit.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    config_option = Option(
-        "config", "YAML file whose values replace the defaults", "FILE", _text(default_config)
-    )
-    plain = (config_option, *extra)
-    wants_help = any(token in ("-h", "--help") for token in argv)
+    default = None if default_config is None else str(default_config)
+    what = "YAML file whose values replace the defaults, or the name of one that comes with lsgm"
+    plain = (Option("config", what, "FILE", default), *extra)
+    wants_help = any(token in HELP_FLAGS for token in argv)
     options, overrides = split_plain(argv, plain, config_class, wants_help)
     given = options.pop("config")
-    chosen = given or default_config
-    path = Path(chosen) if chosen else None
+    chosen = given or default
+    path = find_config(chosen) if chosen else None
     config = load_config(config_class, path)
     if given is None and options.get("resume"):
-        written = run_folder(config, options.get("out")) / CONFIG_FILE  # type: ignore[arg-type]
+        written = run_folder(cast(RunConfig, config), options.get("out")) / CONFIG_FILE
         if written.is_file():
             path, config = written, load_config(config_class, written)
         elif any((written.parent / "checkpoints").glob("*.pt")):
             raise UserError(f"{written}: missing; give the run's configuration as --config")
     if wants_help:
-        parse_tokens(config, ["--help"], plain, prog, description or config_class.__doc__)
+        keys = None if HELP_ALL_FLAG in argv else shown
+        prog = prog or os.path.basename(sys.argv[0])
+        print(help_text(config, plain, prog, description or config_class.__doc__, keys), end="")
+        sys.exit(0)
     if prepare is not None:
         config = prepare(config, options)
     return CommandLine(apply_overrides(config, overrides), options, path)
-
-
-def _text(path: str | Path | None) -> str | None:
-    return None if path is None else str(path)
-
-
-def _read_yaml(config_class: type[T], path: Path) -> T:
-    return _build(config_class, _read_mapping(path), path)
-
-
-def _read_mapping(path: Path) -> DictConfig:
-    try:
-        text = signed_text(path.read_text("utf-8"))
-        keys = OmegaConf.create(text)
-        mentions = _mentions_environment(OmegaConf.to_container(keys, resolve=False))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: a folder, where a YAML file is needed") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML ({_one_line(error)})") from error
-    except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: cannot be read ({_one_line(error)})") from error
-    except RecursionError:
-        raise UserError(f"{path}: cannot be read (RecursionError: nested too deeply)") from None
-    except (ValueError, OverflowError) as error:  # a signature or a value of YAML's own types
-        raise UserError(f"{path}: {_one_line(error)}") from error
-    if mentions:
-        raise UserError(f"{path}: ${{...}} is not expanded; write what it stands for")
-    if not isinstance(keys, DictConfig) or not keys:
-        raise UserError(f"{path}: must hold 'key: value' lines")
-    return keys
-
-
-def _mentions_environment(value: Any) -> bool:
-    """Whether a reference ``${...}``, which OmegaConf would expand, is in a plain value."""
-    if isinstance(value, dict):
-        return any(_mentions_environment(part) for item in value.items() for part in item)
-    if isinstance(value, list):
-        return any(map(_mentions_environment, value))
-    return isinstance(value, str) and "${" in value
-
-
-def _build(config_class: type[T], keys: DictConfig, path: Path) -> T:
-    schema = OmegaConf.structured(config_class)
-    valid = schema_keys(config_class)
-    for key in list(_leaves(keys)):
-        if key in RETIRED_KEYS:
-            section, _, name = key.rpartition(".")
-            OmegaConf.select(keys, section).pop(name)
-        elif key not in valid and not any(name.startswith(f"{key}.") for name in valid):
-            raise UserError(f"{path}: unknown key {key}{suggestion(key, valid)}")
-    try:
-        merged = typing.cast(DictConfig, OmegaConf.merge(schema, keys))
-        with _naming_sections(merged, path):
-            config = typing.cast(T, OmegaConf.to_object(merged))
-            check_values(config)
-        return config
-    except OmegaConfBaseException as error:
-        for key in _leaves(keys):  # OmegaConf does not always name the key: find it
-            value = OmegaConf.select(keys, key)
-            try:
-                OmegaConf.merge(schema, _nested(key, value))
-            except OmegaConfBaseException:
-                raise UserError(f"{path}: {misfit(key, value, valid)}") from error
-        raise UserError(f"{path}: {_one_line(error)}") from error
-
-
-def _leaves(node: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted key of everything in a mapping that is not itself a mapping."""
-    for name in node:
-        key = f"{prefix}{name}"
-        child = node._get_node(name)
-        if isinstance(child, DictConfig) and not child._is_none() and len(child):
-            yield from _leaves(child, f"{key}.")
-        else:
-            yield key
-
-
-def _nested(key: str, value: Any) -> dict[str, Any]:
-    """Return {"a": {"b": value}} for the key "a.b"."""
-    for name in reversed(key.split(".")):
-        value = {name: value}
-    return value
-
-
-@contextlib.contextmanager
-def _naming_sections(merged: DictConfig, path: Path) -> Iterator[None]:
-    """Turn a section's ValueError("field: ...") into a UserError with file and section."""
-    try:
-        yield
-    except ValueError as error:
-        section = _failing_section(merged)
-        raise UserError(f"{path}: {section}{_one_line(error)}") from error
-
-
-def _failing_section(merged: DictConfig, prefix: str = "") -> str:
-    for name in map(str, merged):
-        child = merged[name]
-        if isinstance(child, DictConfig):
-            try:
-                OmegaConf.to_object(child)
-            except ValueError:
-                return _failing_section(child, f"{prefix}{name}.")
-    return prefix
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())

@@ -1,32 +1,34 @@
-"""Overriding a configuration with command-line tokens ``--section.key value`` (parsed by tyro), and
-the plain options that stand beside them.
+"""Overriding a configuration with command-line tokens ``--section.key value``, and the plain
+options that stand beside them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import io
-import re
 import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-import tyro
-from omegaconf import MISSING
+from omegaconf import OmegaConf
 
-from lsgm.config.checks import check_values
-from lsgm.config.keys import describe, misfit, schema_keys, section_class, suggestion
+from lsgm.config.keys import describe, misfit, schema_keys, suggestion
+from lsgm.config.layers import lay_over, nested, take_value
 from lsgm.errors import UserError
 
 __all__ = [
+    "HELP_ALL_FLAG",
+    "HELP_FLAGS",
     "Option",
     "apply_overrides",
-    "parse_tokens",
     "split_plain",
 ]
+
+HELP_ALL_FLAG = "--help-all"
+
+
+HELP_FLAGS = ("-h", "--help", HELP_ALL_FLAG)
+
 
 T = TypeVar("T")
 
@@ -53,6 +55,20 @@ class Option:
     def is_switch(self) -> bool:
         return self.metavar is None
 
+    def take(self, values: Sequence[str]) -> Any:
+        """The value that stands for the words after the option.
+
+        Raises:
+            UserError: There are too many or too few.
+        """
+        if self.is_switch and len(values) == 1 and values[0] in self.words:
+            return values[0]
+        if len(values) != (0 if self.is_switch else 1):
+            switch = " or ".join(["takes no value", *self.words])
+            needed = switch if self.is_switch else f"needs one value ({self.metavar})"
+            raise UserError(f"--{self.name} {needed}, not {' '.join(values) or 'none'}")
+        return True if self.is_switch else values[0]
+
 
 def _groups(tokens: Sequence[str]) -> list[list[str]]:
     """Split tokens into one group per option: the option's name and its values (``--a=b`` counts as
@@ -73,158 +89,83 @@ def _groups(tokens: Sequence[str]) -> list[list[str]]:
 
 
 def split_plain(
-    argv: Sequence[str], plain: Sequence[Option], config_class: type, wants_help: bool
-) -> tuple[dict[str, Any], list[str]]:
+    argv: Sequence[str], plain: Sequence[Option], config_class: type, wants_help: bool = False
+) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """Take the plain options out of the tokens and check that all other names are keys of the
     schema.
+
+    Args:
+        argv: The tokens.
+        plain: The plain options.
+        config_class: The schema.
+        wants_help: Whether unknown names are passed over.
+
+    Returns:
+        The value of each plain option, and the words that were given for each key; the last ones
+        where a key stands twice.
+
+    Raises:
+        UserError: For an unknown name, or a plain option with too many or too few values.
     """
     by_flag = {f"--{option.name}": option for option in plain}
     options: dict[str, Any] = {option.name: False if option.is_switch else None for option in plain}
-    overrides: list[str] = []
+    overrides: dict[str, list[str]] = {}
     valid = schema_keys(config_class)
-    for flag, *values in _groups([token for token in argv if token not in ("-h", "--help")]):
-        option = by_flag.get(flag)
-        if option is not None:
-            if option.is_switch and len(values) == 1 and values[0] in option.words:
-                options[option.name] = values[0]
-                continue
-            if len(values) != (0 if option.is_switch else 1):
-                needed = (
-                    " or ".join(["takes no value", *option.words])
-                    if option.is_switch
-                    else f"needs one value ({option.metavar})"
-                )
-                raise UserError(f"{flag} {needed}, not {' '.join(values) or 'none'}")
-            options[option.name] = True if option.is_switch else values[0]
-        elif flag[2:] in valid:
-            overrides += [flag, *_yaml_words(valid[flag[2:]], values)]
+    for flag, *values in _groups([token for token in argv if token not in HELP_FLAGS]):
+        name = flag[2:]
+        if flag in by_flag:
+            options[name] = by_flag[flag].take(values)
+        elif name in valid:
+            overrides[name] = values
         elif not wants_help:
             names = [*valid, *(option.name for option in plain)]
             raise UserError(
-                f"unknown option {flag}{suggestion(flag[2:], names).replace('mean ', 'mean --')}"
+                f"unknown option {flag}{suggestion(name, names).replace('mean ', 'mean --')}"
             )
     return options, overrides
 
 
-def _yaml_words(hint: Any, values: list[str]) -> list[str]:
-    """Accept true, false and null as YAML writes them, and a bare switch as true."""
-    kinds = {hint, *typing.get_args(hint)}
-    if bool in kinds and not values:
-        return ["True"]
-    words = {"true": "True", "false": "False"} if bool in kinds else {}
-    if types.NoneType in kinds:
-        words |= {"null": "None", "none": "None"}
-    return [words.get(value.lower(), value) for value in values]
+def apply_overrides(config: T, overrides: dict[str, list[str]]) -> T:
+    """Return ``config`` with other values for some keys, given as the words of a command line.
 
-
-def apply_overrides(config: T, overrides: Sequence[str]) -> T:
-    """Return `config` with command-line overrides; raises UserError."""
-    _, tokens = split_plain(overrides, (), type(config), False)
-    if not tokens:
-        return config
-    try:
-        changed = parse_tokens(config, tokens)
-        check_values(changed)
-        return changed
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
-    except _ParseFailure as failure:
-        raise UserError(_explain(config, tokens, str(failure))) from None
-
-
-class _ParseFailure(Exception):
-    """tyro refused the tokens; the message is the first paragraph of what it would have printed."""
-
-
-def _explain(config: Any, tokens: Sequence[str], message: str) -> str:
-    """Return the line for tokens that tyro refused with `message`."""
-    constraint = re.match(r"Error parsing experiment\.?(\S*): (\w+: .*)", message)
-    if constraint:
-        section, rest = constraint.groups()
-        return f"--{section}.{rest}" if section else f"--{rest}"
-    valid = schema_keys(type(config))
-    for flag, *values in _groups(tokens):
-        try:
-            parse_tokens(config, [flag, *values])
-        except _ParseFailure:
-            if not values:
-                return f"{flag}: needs a value (wanted: {describe(valid[flag[2:]])})"
-            return f"--{misfit(flag[2:], ' '.join(values), valid)}"
-    return message
-
-
-def parse_tokens(
-    config: T,
-    tokens: Sequence[str],
-    plain: Sequence[Option] = (),
-    prog: str | None = None,
-    description: str | None = None,
-) -> T:
-    """Run tyro over the schema with `config` as defaults; exits only for ``--help``."""
-    config = _open_sections(config, tokens)
-    fields: list[tuple[str, Any, Any]] = [
-        (
-            option.name,
-            Annotated[
-                bool if option.is_switch else str | None,
-                tyro.conf.FlagCreatePairsOff,
-                tyro.conf.arg(help=option.help, metavar=option.metavar),
-            ],
-            False if option.is_switch else option.default,
-        )
-        for option in plain
-    ]
-    # The empty name puts the sections at the top level.
-    experiment = Annotated[  # type: ignore[valid-type]  # a type known at run time only
-        type(config),
-        tyro.conf.arg(name=""),
-        tyro.conf.FlagConversionOff,
-        tyro.conf.AvoidSubcommands,
-    ]
-    fields.append(("experiment", experiment, dataclasses.field(default=MISSING)))
-    wrapper = dataclasses.make_dataclass("CommandLineFields", fields, frozen=True)
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed):
-            parsed = tyro.cli(
-                wrapper,
-                prog=prog,
-                description=description or "",
-                args=list(tokens),
-                default=wrapper(experiment=config),
-                use_underscores=True,
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise _ParseFailure(_first_paragraph(printed.getvalue())) from None
-    except ValueError as error:  # of the outermost dataclass; those of sections tyro prints
-        raise _ParseFailure(f"Error parsing experiment: {error}") from None
-    return typing.cast(T, parsed.experiment)
-
-
-def _first_paragraph(box: str) -> str:
-    """Return the first paragraph inside the box, of line-drawing or ASCII, that tyro prints."""
-    lines: list[str] = []
-    for line in box.splitlines()[1:]:
-        text = line.strip("│| ")
-        if set(text) - set("─-+╰╯"):
-            lines.append(text)
-        elif lines:
-            break
-    return " ".join(lines)
-
-
-def _open_sections(config: T, tokens: Sequence[str]) -> T:
-    """Replace sections that are None by their defaults where the tokens (or ``--help``) ask for
-    their keys.
+    Raises:
+        UserError: A value does not fit, or its section refuses it.
     """
-    hints = typing.get_type_hints(type(config))
-    opened = {
-        item.name: section()
-        for item in dataclasses.fields(config)  # type: ignore[arg-type]
-        if getattr(config, item.name) is None
-        and (section := section_class(hints[item.name])) is not None
-        and any(token == "--help" or token.startswith(f"--{item.name}.") for token in tokens)
-    }
-    return dataclasses.replace(config, **opened) if opened else config  # type: ignore[type-var]
+    if not overrides:
+        return config
+    schema, valid = OmegaConf.structured(config), schema_keys(type(config))
+    values = {}
+    for key, words in overrides.items():
+        if any("${" in word for word in words):
+            raise UserError(f"--{key}: ${{...}} is not expanded here; write what it stands for")
+        if not words and not _takes_nothing(valid[key]):
+            raise UserError(f"--{key}: needs a value (wanted: {describe(valid[key])})")
+        values[key] = _value(valid[key], words)
+        if not take_value(schema, key, values[key]):
+            raise UserError(f"--{misfit(key, ' '.join(words), valid)}")
+    return lay_over(type(config), config, nested(values), "--")
+
+
+def _takes_nothing(hint: Any) -> bool:
+    """Whether an option of this type may stand alone: a switch, or a list of any length."""
+    lists = [kind for kind in _kinds(hint) if typing.get_origin(kind) is tuple]
+    return bool in _kinds(hint) or any(typing.get_args(kind)[-1] is Ellipsis for kind in lists)
+
+
+def _value(hint: Any, words: list[str]) -> Any:
+    """What OmegaConf is to read for the words after an option: null as YAML writes it, a bare
+    switch as true, and a list where the type is one or the words are several.
+    """
+    kinds = _kinds(hint)
+    if types.NoneType in kinds and [word.lower() for word in words] in (["null"], ["none"]):
+        return None
+    if bool in kinds and not words:
+        return True
+    is_list = any(typing.get_origin(kind) is tuple for kind in kinds)
+    return words if is_list or len(words) != 1 else words[0]
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """The members of a union; of another type itself."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)

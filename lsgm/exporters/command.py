@@ -1,4 +1,4 @@
-"""``export_checkpoint.py RUN --to diffusers --out DIR``."""
+"""The command ``export RUN --to diffusers --out DIR``."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def export_command(argv: Sequence[str], description: str | None = None) -> None:
-    """``export_checkpoint.py RUN --to diffusers --out DIR``.
+def export_command(argv: Sequence[str], prog: str | None = None) -> None:
+    """Write the model of a finished run in the form of other software.
 
     Raises:
         UserError: RUN is no finished run, its model has no place in the target, DIR is there
             already, or the arguments are wrong.
     """
-    parser = _Parser(prog="export_checkpoint.py", description=description)
+    parser = _Parser(prog=prog, description=(export_command.__doc__ or "").split("\n\n")[0])
     parser.add_argument("run", metavar="RUN", help="folder of a finished run")
     parser.add_argument(
         "--to",

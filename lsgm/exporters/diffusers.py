@@ -7,7 +7,6 @@ folder's options back into a network and comparing it with the model's, layer by
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -158,7 +157,7 @@ def _exploding_state(model: DataSGM, state: dict[str, Tensor]) -> dict[str, Tens
 def _exploding_scheduler(model: DataSGM) -> dict[str, Any]:
     assert isinstance(model.sde, VESDE)
     unit = 2.0 if model.pixels.symmetric else 1.0
-    given = model.sampler
+    given = model.sampler_config
     steps = 1 if given.corrector_steps is None else given.corrector_steps
     published = given.solver in ("discrete_pc", "predictor_corrector") and given.nfe
     return {
@@ -201,11 +200,11 @@ def _chain_scheduler(model: DataSGM) -> dict[str, Any]:
         "beta_end": model.sde.beta_end / levels,
         "beta_schedule": "linear",
         "beta_start": model.sde.beta_start / levels,
-        "clip_sample": model.sampler.clip,
+        "clip_sample": model.sampler_config.clip,
         "num_train_timesteps": levels,
         "prediction_type": "epsilon",
         "timestep_spacing": "leading",
-        "variance_type": f"fixed_{model.sampler.variance}",
+        "variance_type": f"fixed_{model.sampler_config.variance}",
     }
 
 
@@ -226,9 +225,13 @@ def _layers(network: nn.Module) -> dict[str, str]:
     """Kinds, numbers and sizes of all layers, in words."""
     described = {}
     for name, module in network.named_modules():
-        style: Mapping[str, Any] = getattr(module, "style", None) and vars(module.style)
+        style = getattr(module, "style", None)
         said = [type(module).__name__]
-        said += [f"{key} {value}" for key, value in (style or {}).items() if key == "rescale"]
+        said += [
+            f"{key} {value}"
+            for key, value in (vars(style) if style else {}).items()
+            if key == "rescale"
+        ]
         if isinstance(module, nn.GroupNorm):
             said.append(f"{module.num_groups} groups")
         own = {key: tuple(value.shape) for key, value in module.named_parameters(recurse=False)}

@@ -21,13 +21,12 @@ from typing import Any
 import lsgm
 from lsgm.config.training import DataConfig
 from lsgm.exporters.folder import new_folder, write_part
+from lsgm.importers.parts import CLASS, CONFIG, INDEX, WEIGHTS
 from lsgm.models.latent import LSGM, VAEModel
 from lsgm.system.files import atomic_write_text
 
-__all__ = ["CLASS", "CONFIG", "INDEX", "WEIGHTS", "export_parts"]
+__all__ = ["export_parts"]
 
-CLASS = "LSGM"
-INDEX, CONFIG, WEIGHTS = "model_index.json", "config.json", "model.safetensors"
 README = f"""# Exported by lsgm {lsgm.__version__}
 
 | file | what |
@@ -57,15 +56,14 @@ def export_parts(model: VAEModel, data: DataConfig, out: str | Path) -> str:
         "spec": described["spec"],
         "data": asdict(data),
     }
-    is_lsgm = isinstance(model, LSGM)
-    if is_lsgm:
+    if isinstance(model, LSGM):
         index["prior"] = ["lsgm", "MixedNormalScore"]
     with new_folder(out) as path:
         write_part(path, (INDEX, index))
         atomic_write_text(path / "README.md", README)
         weights = WEIGHTS, model.vae.state_dict()
         write_part(path / "autoencoder", (CONFIG, described["vae"]), weights)
-        if is_lsgm:
+        if isinstance(model, LSGM):
             weights = WEIGHTS, model.score.state_dict()
             write_part(path / "prior", (CONFIG, described["prior"]), weights)
-    return f"{out}: autoencoder{' and prior' if is_lsgm else ''} in safetensors"
+    return f"{out}: autoencoder{' and prior' if isinstance(model, LSGM) else ''} in safetensors"

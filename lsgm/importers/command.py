@@ -1,4 +1,4 @@
-"""``import_checkpoint.py FORMAT FILE --out RUN``."""
+"""The command ``import FORMAT FILE --out RUN``."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def import_command(argv: Sequence[str], description: str | None = None) -> None:
-    """``import_checkpoint.py FORMAT FILE --out RUN [--weights raw|ema] [--config FILE]``.
+def import_command(argv: Sequence[str], prog: str | None = None) -> None:
+    """Turn a checkpoint of another implementation into a run folder, which evaluate, sample and
+    lsgm.load() open.
 
     Raises:
         UserError: As the importers, and for wrong arguments.
     """
-    parser = _Parser(prog="import_checkpoint.py", description=description)
+    parser = _Parser(prog=prog, description=(import_command.__doc__ or "").split("\n\n")[0])
     parser.add_argument(
         "format", choices=[AUTO, *sorted(IMPORTERS)], help="what wrote the file; auto: find out"
     )
@@ -38,8 +39,9 @@ def import_command(argv: Sequence[str], description: str | None = None) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="score-sde: YAML file of the model, or the name of a published checkpoint, such as "
-        "vp/cifar10_ddpmpp_continuous (default: by the shapes of the weights)",
+        help="score-sde: YAML file of the model or name of one that comes with lsgm, or name of a "
+        "published checkpoint, such as vp/cifar10_ddpmpp_continuous (default: by the shapes of the "
+        "weights)",
     )
     options = parser.parse_args(argv)
     name = options.format

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lsgm.networks.layers import AttentionBlock, ResidualBlock
-from lsgm.networks.ncsnpp import NCSNpp, OutputSkip
+from lsgm.networks.ncsnpp import DownLevel, NCSNpp, OutputSkip, UpLevel
 
 __all__ = ["Link", "links", "published_unet_weights", "unet_weights"]
 
@@ -115,6 +115,7 @@ def _attention(ours: str, theirs: str) -> Iterator[Link]:
 
 
 def _blocks(level: nn.Module, ours: str, theirs: str) -> Iterator[Link]:
+    assert isinstance(level, DownLevel | UpLevel)
     for j, block in enumerate(level.blocks):
         assert isinstance(block, ResidualBlock)
         yield from _residual(block, f"{ours}.blocks.{j}", f"{theirs}.resnets.{j}")
@@ -154,7 +155,7 @@ def published_unet_weights(
     network: NCSNpp, state: Mapping[str, Tensor], exploding: bool
 ) -> dict[str, Tensor]:
     """The weights ``state`` of ``network`` under the names of ``UNet2DModel``."""
-    published = {}
+    published: dict[str, Tensor] = {}
     for link in links(network, exploding):
         value = -state[link.ours] if link.negated else state[link.ours]
         parts = value.chunk(len(link.theirs))

@@ -18,7 +18,7 @@ from torch import Tensor
 from lsgm.config.command_line import load_config
 from lsgm.config.training import NCSNTrainConfig
 from lsgm.errors import UserError
-from lsgm.importers.ncsn_options import CONFIGS, PUBLISHED, config_of_options, read_options
+from lsgm.importers.ncsn_options import PUBLISHED, config_of_options, read_options
 from lsgm.importers.reading import read_checkpoint
 from lsgm.importers.refinenet_names import refinenet_weights
 from lsgm.importers.runs import ImportedRun, Weights
@@ -71,8 +71,9 @@ class NCSNCheckpoint:
 def _weights_of(contents: Any) -> Mapping[str, Any] | None:
     is_list = isinstance(contents, Sequence) and len(contents) >= 2
     first = contents[0] if is_list else None
-    named = isinstance(first, Mapping) and all(isinstance(name, str) for name in first)
-    found = named and any(name.removeprefix(PREFIX) == "begin_conv.weight" for name in first)
+    if not isinstance(first, Mapping) or not all(isinstance(name, str) for name in first):
+        return None
+    found = any(name.removeprefix(PREFIX) == "begin_conv.weight" for name in first)
     return first if found else None
 
 
@@ -327,7 +328,7 @@ def choose_config(
 
 
 def _ours(name: str) -> NCSNTrainConfig:
-    return load_config(NCSNTrainConfig, CONFIGS / f"{name}.yaml")
+    return load_config(NCSNTrainConfig, name)
 
 
 def _is_published(file: Path) -> bool:

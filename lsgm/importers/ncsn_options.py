@@ -19,9 +19,8 @@ from lsgm.config.training import DataConfig, NCSNTrainConfig
 from lsgm.errors import UserError
 from lsgm.importers.runs import OWN_SPECS
 
-__all__ = ["CONFIGS", "PUBLISHED", "config_of_options", "read_options"]
+__all__ = ["PUBLISHED", "config_of_options", "read_options"]
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 
 PUBLISHED = {
     "ncsn": {"mnist": "mnist/ncsn", "cifar10": "cifar10/ncsn", "celeba": "celeba/ncsn"},
@@ -95,7 +94,7 @@ def config_of_options(options: Mapping[str, Any], stages: int, width: int) -> NC
     if model.get("sigma_dist", "geometric") != "geometric":
         raise UserError("config.yml: model.sigma_dist is not geometric, as our noise levels are")
     first = "ema" not in model and "step_lr" not in sampling
-    base = load_config(NCSNTrainConfig, CONFIGS / f"{_published(data, first)}.yaml")
+    base = load_config(NCSNTrainConfig, _published(data, first))
     try:
         levels = int(model["num_classes"])
         largest, smallest = float(model["sigma_begin"]), float(model["sigma_end"])

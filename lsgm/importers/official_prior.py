@@ -283,7 +283,7 @@ def network_weights(
     for key in [key for key in published if key.startswith("all_modules.")]:
         _, number, leaf = key.split(".", 2)
         by_module.setdefault(number, {})[leaf] = published.pop(key)
-    state = {}
+    state: dict[str, Tensor] = {}
     for k, module in enumerate(published_modules(network), first):
         own = by_module.pop(str(k), {})
         kind = type(module).__name__

@@ -16,14 +16,16 @@ from lsgm.config.command_line import save_config
 from lsgm.config.training import DataConfig, LSGMTrainConfig, VAETrainConfig
 from lsgm.data.spec import DataSpec
 from lsgm.errors import UserError
-from lsgm.exporters.parts import CLASS, CONFIG, INDEX, WEIGHTS
 from lsgm.importers.reading import first_line
 from lsgm.importers.runs import ImportedRun, Weights
 from lsgm.models.latent import LSGM, VAEModel, build_prior, build_vae, prior_config_from
 from lsgm.models.release import save, section
 from lsgm.system.files import RunFolder
 
-__all__ = ["import_parts", "is_parts"]
+__all__ = ["CLASS", "CONFIG", "INDEX", "WEIGHTS", "import_parts", "is_parts"]
+
+CLASS = "LSGM"
+INDEX, CONFIG, WEIGHTS = "model_index.json", "config.json", "model.safetensors"
 
 
 def is_parts(contents: Any) -> bool:

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from lsgm.config.command_line import load_config
+from lsgm.config.packaged import packaged_configs
 from lsgm.config.training import NCSNTrainConfig
 from lsgm.errors import UserError
 
-__all__ = ["CONFIGS", "PUBLISHED", "Choice", "choose_config", "network_facts"]
-
-CONFIGS = Path(__file__).parents[2] / "configs"
+__all__ = ["PUBLISHED", "Choice", "choose_config", "network_facts"]
 
 PUBLISHED = {
     "ve/cifar10_ncsnpp": "cifar10/score_ve_discrete",
@@ -40,7 +39,7 @@ PUBLISHED = {
     "ve/celebahq_256_ncsnpp_continuous": "celebahq256/score_ve",
     "ve/ffhq_1024_ncsnpp_continuous": "ffhq1024/score_ve",
 }
-"""Published checkpoints by the name of their folder, and the configuration of each in configs/."""
+"""Published checkpoints by the name of their folder, and the packaged configuration of each."""
 
 
 @dataclass(frozen=True)
@@ -112,24 +111,25 @@ def choose_config(
         path: The file.
         state: Its weights in published names.
         fits: Whether the checkpoint is of a configuration, with all its shapes and noise levels.
-        given: A YAML file, or the name of a published checkpoint.
+        given: A YAML file or a packaged one by its name, or the name of a published checkpoint.
 
     Raises:
         UserError: None fits, or several do, which are named.
     """
     if given is not None:
         name = PUBLISHED.get(str(given))
-        file = Path(given) if name is None else CONFIGS / f"{name}.yaml"
-        return Choice(_load(file), str(given), f"configuration {given}")
+        config = _load(given if name is None else packaged_configs()[name])
+        return Choice(config, str(given), f"configuration {given}")
     folders = "/".join(path.resolve().parent.parts[-2:])
-    if folders in PUBLISHED and (file := CONFIGS / f"{PUBLISHED[folders]}.yaml").is_file():
+    packaged = packaged_configs()
+    if folders in PUBLISHED:
         said = f"configuration {PUBLISHED[folders]} by the name of the folder, {folders}"
-        return Choice(_load(file), PUBLISHED[folders], said)
+        return Choice(_load(packaged[PUBLISHED[folders]]), PUBLISHED[folders], said)
     facts = network_facts(state)
     fitting = {
-        published: config
+        published: one
         for published, name in PUBLISHED.items()
-        if (config := _fitting(CONFIGS / f"{name}.yaml", facts, fits)) is not None
+        if (one := _fitting(packaged[name], facts, fits)) is not None
     }
     distinct: dict[str, NCSNTrainConfig] = {}
     for published, config in fitting.items():
@@ -151,7 +151,7 @@ def choose_config(
     return Choice(config, name, f"configuration {name} by the shapes of the weights ({facts})")
 
 
-def _load(file: Path) -> NCSNTrainConfig:
+def _load(file: str | Path) -> NCSNTrainConfig:
     config = load_config(NCSNTrainConfig, file)
     if config.kind == "classifier":
         raise UserError(f"--config: {file} is of a classifier, not of a score model")
@@ -162,8 +162,6 @@ def _fitting(
     file: Path, facts: NetworkFacts, fits: Callable[[NCSNTrainConfig], bool]
 ) -> NCSNTrainConfig | None:
     """The configuration of a file, if the checkpoint is of it."""
-    if not file.is_file():
-        return None
     config = load_config(NCSNTrainConfig, file)
     network = config.score.ncsnpp
     kind = "ddpm" if network.block == "ddpm" else "ncsnpp"

@@ -207,6 +207,7 @@ def fit_pilot(
     start_error = found[0].error
     if fit_options and isinstance(solver, NormalReference):
         for one in sorted(found, key=lambda one: one.error)[:3]:
+            assert isinstance(one.solver, NormalReference)  # as all of its structures are
             scan(_with_alphas(pilot, one.solver), [one.grid])
     found.sort(key=lambda one: one.error)
     best = found[0]
@@ -246,11 +247,10 @@ def _structures(solver: Solver, nfe: int) -> list[Solver]:
     """The solver with other orders and correctors; of solvers but the Normal-reference none."""
     if not isinstance(solver, NormalReference):
         return []
-    structures = [
-        {"order": order, "corrector": corrector, "lower_order_final": lower, "corrector_from": 1}
+    candidates = [
+        replace(solver, order=order, corrector=corrector, lower_order_final=lower, corrector_from=1)
         for order, corrector, lower in SCAN_STRUCTURES
     ]
-    candidates = [replace(solver, **structure) for structure in structures]
     return [candidate for candidate in candidates if candidate != solver]
 
 
@@ -282,7 +282,7 @@ def _refined(pilot: Pilot, start: _Try, fit_alpha: bool, iterations: int) -> _Tr
         scaled = steps * np.exp(logs)
         inner = roots[0] - np.cumsum(scaled)[:-1] * (roots[0] - roots[-1]) / scaled.sum()
         moved = torch.cat([times[:1], torch.from_numpy(inner) ** 2, times[-1:]])
-        if not shifts_alpha:
+        if not (shifts_alpha and isinstance(solver, NormalReference)):
             return solver, moved
         alpha = torch.as_tensor(solver.alpha, dtype=torch.float64).clamp(*ALPHA_LIMITS)
         return replace(solver, alpha=torch.sigmoid(torch.logit(alpha) + theta[-1])), moved

@@ -18,8 +18,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
 from lsgm.errors import UserError
 from lsgm.system.integrity import sealed_sha256
 from lsgm.system.locks import is_abandoned, make_folder, mark_in_use
@@ -226,13 +224,16 @@ def _non_finite(value: Any, name: str = "") -> Iterator[str]:
 
 
 def atomic_save(
-    path: str | Path, value: object, save: Callable[[object, Any], None] = torch.save
+    path: str | Path, value: object, save: Callable[[object, Any], object] | None = None
 ) -> None:
     """Write `value` by ``save(value, file)`` (default ``torch.save``); see :func:`atomic_write`."""
+    import torch  # late, so that command lines are read without PyTorch
+
+    write: Callable[[object, Any], object] = torch.save if save is None else save
     with atomic_write(path) as file:
         writer = _ErrorKeeper(file)
         try:
-            save(value, writer)
+            write(value, writer)
         except Exception:
             # torch's writer turns an OSError of the file into a RuntimeError about positions.
             if writer.error is not None:

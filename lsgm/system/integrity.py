@@ -33,8 +33,11 @@ _SIGNATURE = "# sha256 of the text below: "
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file in hexadecimal, read in pieces (about 1.2 GB/s on one core)."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def check_records(path: Path) -> None:

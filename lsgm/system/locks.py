@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 from lsgm.errors import UserError
 
@@ -27,10 +28,11 @@ __all__ = [
     "mark_in_use",
 ]
 
+fcntl: ModuleType | None
 try:
     import fcntl
 except ImportError:  # not a POSIX system
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None
 
 
 _REFUSED = (errno.EACCES, errno.EAGAIN)

@@ -18,7 +18,7 @@ __all__ = ["BestWeights", "Release"]
 METRICS = ("nelbo", "loss")
 """What is smallest in the best evaluation: the first of these that it returns."""
 
-Evaluate = Callable[[EvalContext], Mapping[str, float]]
+Evaluate = Callable[[EvalContext], Mapping[str, float | None]]
 Release = Callable[[TrainState, dict[str, Any]], None]
 """Writes the trained model, with notes for its ``run.json``."""
 
@@ -42,7 +42,7 @@ class BestWeights:
     def watch(self, evaluate: Evaluate) -> Evaluate:
         """``evaluate``, whose weights are then kept if they are the best ones."""
 
-        def watched(context: EvalContext) -> Mapping[str, float]:
+        def watched(context: EvalContext) -> Mapping[str, float | None]:
             results = evaluate(context)
             on_main(self.world, lambda: self._offer(context, results))
             return results
@@ -68,14 +68,15 @@ class BestWeights:
 
         return of_the_best
 
-    def _offer(self, context: EvalContext, results: Mapping[str, float]) -> None:
+    def _offer(self, context: EvalContext, results: Mapping[str, float | None]) -> None:
         metric = next(name for name in METRICS if name in results)
         if self.value is None:
             kept = self._read()
             self.value = math.inf if kept is None else kept[1]["value"]
-        if not results[metric] < self.value:  # NaN is no improvement
+        value = results[metric]
+        if value is None or not value < self.value:  # NaN is no improvement
             return
-        self.value = results[metric]
+        self.value = value
         models = {name: model.state_dict() for name, model in context.models.items()}
         self.files.folder.mkdir(parents=True, exist_ok=True)
         # A return to a checkpoint may have left the path that a later step was on.

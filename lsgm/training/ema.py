@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -9,6 +11,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from lsgm.config.training import OptimConfig
 
 __all__ = ["EMA", "make_average"]
+
+Tensors: TypeAlias = tuple[Tensor, ...] | list[Tensor]
 
 
 class EMA(AveragedModel):
@@ -33,7 +37,7 @@ class EMA(AveragedModel):
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay must lie in [0, 1), not {decay}")
 
-        def average(averages: list[Tensor], parameters: list[Tensor], updates: Tensor) -> None:
+        def average(averages: Tensors, parameters: Tensors, updates: Tensor | int) -> None:
             n = int(updates)
             now = min(decay, (1 + n) / (10 + n)) if warmup else decay
             get_ema_multi_avg_fn(now)(averages, parameters, updates)

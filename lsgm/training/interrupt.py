@@ -13,8 +13,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 
-from lsgm.commands.run import STOP_SIGNALS
 from lsgm.errors import Interrupted
+from lsgm.system.signals import STOP_SIGNALS
 
 __all__ = ["StopNow", "StopSignal", "TrainingInterrupted", "resume_command"]
 
@@ -98,6 +98,8 @@ def resume_command() -> str:
         arguments.append("--resume")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
-    else:
+    elif arguments[0].endswith(".py"):
         start = [os.path.basename(sys.executable) or "python"]
+    else:  # the program lsgm
+        start = []
     return shlex.join([*start, *arguments])

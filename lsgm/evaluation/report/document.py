@@ -90,7 +90,7 @@ def _plots(details: Details, out: Path, neighbours: int) -> None:
     if details.quality and details.quality.by_nfe:
         points = _by_nfe(details.quality)
         scores = [point.scores["frechet"] for point in points]
-        series = Series(
+        by_nfe = Series(
             f"{details.quality.samples.num} samples",
             [point.nfe or 0.0 for point in points],
             [score.value for score in scores],
@@ -98,7 +98,7 @@ def _plots(details: Details, out: Path, neighbours: int) -> None:
         )
         floor = details.quality.floor
         quality_plot(
-            [series],
+            [by_nfe],
             out / "quality.png",
             scores[0].name,
             floor.scores["frechet"].value if floor else None,

@@ -9,27 +9,29 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
+
 import torch
-from lsgm.models.classifier import (build_classifier)
-from lsgm.config.training import (NCSNTrainConfig)
-from lsgm.config.architecture import (ScoreModelConfig)
+
+from lsgm.config.architecture import ScoreModelConfig
+from lsgm.config.training import NCSNTrainConfig
 from lsgm.data import Batches, Datasets, build_datasets
 from lsgm.data.pixels import Pixels
-from lsgm.models.images import (DataSGM, build_data_model)
 from lsgm.errors import UserError
-from lsgm.system.curves import (learning_curves, read_metrics)
-from lsgm.system.files import (RunFolder)
-from lsgm.models.release import (save)
+from lsgm.models.classifier import build_classifier
+from lsgm.models.images import DataSGM, build_data_model
+from lsgm.models.release import save
 from lsgm.networks.classifier import Classifier
 from lsgm.noise_ladder import NoiseLadder
 from lsgm.sde import largest_squared_distance
-from lsgm.training.stages.classifier import (ClassifierStage)
+from lsgm.system.curves import learning_curves, read_metrics
+from lsgm.system.files import RunFolder
+from lsgm.training.context import EvalContext
 from lsgm.training.distributed import distributed
 from lsgm.training.evaluation import evaluate_classifier, evaluate_score_model
 from lsgm.training.runs.launch import OpenRun, Training, open_run
-from lsgm.training.context import EvalContext
-from lsgm.training.runs.resume import (Resume)
-from lsgm.training.stages.score import (ScoreStage)
+from lsgm.training.runs.resume import Resume
+from lsgm.training.stages.classifier import ClassifierStage
+from lsgm.training.stages.score import ScoreStage
 from lsgm.training.state import TrainState
 
 __all__ = [
@@ -63,7 +65,7 @@ def _train_score(config: NCSNTrainConfig, run: OpenRun[Datasets]) -> None:
     datasets, world = run.datasets, run.world
     score = fit_noise(config.kind, config.score, datasets)
     model = build_data_model(config.kind, score, config.sampler, datasets.spec)
-    model.default_solver()  # a mistake in the section shows before the training
+    model.default_sampler()  # a mistake in the section shows before the training
     stage = ScoreStage(model, config.objective)
     if world.is_main:
         print(_summary(model, config), flush=True)

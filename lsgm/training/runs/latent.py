@@ -7,25 +7,29 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
 import torch
+
+from lsgm.config.architecture import PriorConfig
 from lsgm.config.training import DataConfig, LSGMTrainConfig, OptimConfig, VAETrainConfig
-from lsgm.config.architecture import (PriorConfig)
 from lsgm.data import Batches, Datasets, build_datasets, fitting_batch_size, preprocess
 from lsgm.errors import UserError
-from lsgm.system.curves import (learning_curves, read_metrics)
-from lsgm.system.files import (RunFolder)
-from lsgm.models.latent import (LSGM, VAEModel, build_prior, build_vae)
-from lsgm.models.loading import (build_described, load)
-from lsgm.models.release import (save)
+from lsgm.models.latent import LSGM, VAEModel, build_prior, build_vae
+from lsgm.models.loading import build_described, load
+from lsgm.models.release import save
+from lsgm.score import MixedNormalScore
 from lsgm.sde import largest_squared_distance
+from lsgm.system.curves import learning_curves, read_metrics
+from lsgm.system.files import RunFolder
+from lsgm.training.context import EvalContext
 from lsgm.training.distributed import distributed
 from lsgm.training.evaluation import evaluate_vae
 from lsgm.training.runs.launch import OpenRun, Training, open_run
-from lsgm.training.context import EvalContext
-from lsgm.training.runs.resume import (Resume)
-from lsgm.training.stages.latent import (LSGMStage, VAEStage)
+from lsgm.training.runs.resume import Resume
+from lsgm.training.stages.latent import LSGMStage, VAEStage
 from lsgm.training.state import Stage, TrainState
+from vae import HierarchicalVAE
 from vae.objective import active_channels, kl_per_channel
 
 __all__ = [
@@ -196,11 +200,10 @@ def _fit(
 
 def with_weights(model: VAEModel, sides: Mapping[str, torch.nn.Module]) -> VAEModel:
     """The model with other weights (their running average) for the sides that have been trained."""
-    vae = sides.get("vae", model.vae)
+    vae = cast(HierarchicalVAE, sides.get("vae", model.vae))
     if isinstance(model, LSGM):
-        averaged: VAEModel = LSGM(
-            vae, sides["prior"], model.spec, model.vae_config, model.prior_config
-        )
+        score = cast(MixedNormalScore, sides["prior"])
+        averaged: VAEModel = LSGM(vae, score, model.spec, model.vae_config, model.prior_config)
     else:
         averaged = VAEModel(vae, model.spec, model.vae_config)
     return averaged.eval()

@@ -14,14 +14,14 @@ from lsgm.config.training import OptimConfig, TrainConfig
 from lsgm.data import Batches, fitting_batch_size
 from lsgm.data.spec import ImageDataset
 from lsgm.errors import UserError
-from lsgm.system.files import (RunFolder, atomic_write_json)
-from lsgm.system.locks import (FolderLock)
-from lsgm.models.release import (Described)
+from lsgm.models.release import Described
+from lsgm.system.files import RunFolder, atomic_write_json
+from lsgm.system.locks import FolderLock
 from lsgm.training.best import BestWeights, Release
-from lsgm.training.distributed import World, on_main
 from lsgm.training.context import DrawCurves, Evaluate
+from lsgm.training.distributed import World, on_main
 from lsgm.training.loop import fit
-from lsgm.training.runs.resume import (Plan, Resume, plan, record_changes, release_notes)
+from lsgm.training.runs.resume import Plan, Resume, plan, record_changes, release_notes
 from lsgm.training.state import Stage
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "TrainingData",
     "open_run",
 ]
+
 
 class RunConfig(Protocol):
     """What the configurations of all runs have in common."""
@@ -129,7 +130,6 @@ class OpenRun(Generic[D]):
         if not self.plan.resume or not self.folder.start.exists():
             return None
         return self.folder.read_start()["model"]
-
 
     def train(self, training: Training) -> None:
         """Train in the run's folder. A batch that is larger than the data becomes as large as they

@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-from lsgm.config.training import (TrainConfig)
-from lsgm.config.command_line import (load_config, save_config)
+
+from lsgm.config.command_line import load_config, save_config
+from lsgm.config.training import TrainConfig
 from lsgm.errors import UserError
-from lsgm.system.files import (RunFolder, atomic_write_text, json_text)
+from lsgm.system.files import RunFolder, atomic_write_text, json_text
 
 __all__ = [
     "Plan",

@@ -61,15 +61,7 @@ class VAEStage(Stage):
             self.regularizers[name].load_state_dict(state[name])
 
     def kl_coefficient(self, context: StepContext) -> float:
-        o = self.objective
-        return kl_coefficient(
-            context.step,
-            context.total_steps,
-            anneal_portion=o.kl_anneal_portion,
-            const_portion=o.kl_const_portion,
-            minimum=o.kl_const_coeff,
-            maximum=o.kl_max_coeff,
-        )
+        return _kl_coefficient(self.objective, context)
 
     def forward(self, images: Tensor, context: StepContext) -> StepOutput:
         """``images`` ``(B, C, R, R)`` in [0, 1]; the loss is nats an image and regularisers."""
@@ -115,6 +107,17 @@ def score_convolutions(score: nn.Module) -> dict[str, nn.Conv2d]:
         for name, layer in score.named_modules()
         if isinstance(layer, nn.Conv2d) and id(layer) not in filtered
     }
+
+
+def _kl_coefficient(objective: ObjectiveConfig, context: StepContext) -> float:
+    return kl_coefficient(
+        context.step,
+        context.total_steps,
+        anneal_portion=objective.kl_anneal_portion,
+        const_portion=objective.kl_const_portion,
+        minimum=objective.kl_const_coeff,
+        maximum=objective.kl_max_coeff,
+    )
 
 
 def _headline(model: VAEModel) -> tuple[str, ...]:
@@ -198,7 +201,9 @@ class LSGMStage(Stage):
                 )
             model.vae.requires_grad_(False)
 
-    kl_coefficient = VAEStage.kl_coefficient
+    def kl_coefficient(self, context: StepContext) -> float:
+        return _kl_coefficient(self.objective, context)
+
     extra_state = VAEStage.extra_state
     load_extra_state = VAEStage.load_extra_state
 
@@ -218,7 +223,7 @@ class LSGMStage(Stage):
         return self.training_kind != "frozen"
 
     def trainables(self) -> dict[str, nn.Module]:
-        prior = {"prior": self.model.score}
+        prior: dict[str, nn.Module] = {"prior": self.model.score}
         return {"vae": self.model.vae, **prior} if self.trains_vae else prior
 
     def train(self, mode: bool = True) -> LSGMStage:

@@ -6,6 +6,8 @@ differ in the times: a list of noise levels, or a density on [time_eps, 1].
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ from lsgm.models.images import DataSGM
 from lsgm.noise_ladder import LadderTimes
 from lsgm.score import EpsFn
 from lsgm.score_matching import ScoreLoss, score_loss
+from lsgm.sde import LinearSDE
 from lsgm.times import TimeProposal, make_proposal
 from lsgm.training.state import Stage, StepContext, StepOutput
 from lsgm.weighting import make_weighting
@@ -46,9 +49,11 @@ class ScoreStage(Stage):
             self.weighting = make_weighting(
                 "unweighted" if model.levels is not None else objective.weighting
             )
-            # DDPM's own kernel, of which the SDE's is the limit
-            levels = model.levels
-            self.kernel = levels if isinstance(levels, BetaTable) else model.sde
+            self.kernel = model.sde
+            if isinstance(model.levels, BetaTable):
+                # DDPM's own kernel, of which the SDE's is the limit; at its levels nothing else of
+                # an SDE is asked for.
+                self.kernel = cast(LinearSDE, model.levels)
             self.proposal: TimeProposal
             if model.levels is not None:
                 self.proposal = LadderTimes(model.levels)
