@@ -41,12 +41,16 @@ if TYPE_CHECKING:
     from lsgm.likelihood import ode_log_density as ode_log_density
     from lsgm.models.autoencoder import Autoencoder as Autoencoder
     from lsgm.models.autoencoder import Posterior as Posterior
+    from lsgm.models.base import Bound as Bound
+    from lsgm.models.base import Model as Model
+    from lsgm.models.base import Samples as Samples
     from lsgm.models.generic import LatentScoreModel as LatentScoreModel
     from lsgm.models.generic import ScoreModel as ScoreModel
     from lsgm.models.images import DataSGM as DataSGM
     from lsgm.models.latent import LSGM as LSGM
     from lsgm.models.latent import VAEModel as VAEModel
     from lsgm.models.loading import load as load
+    from lsgm.models.loading import load_classifier as load_classifier
     from lsgm.networks import NCSNpp as NCSNpp
     from lsgm.networks.data_score import DataScore as DataScore
     from lsgm.noise_ladder import NoiseLadder as NoiseLadder
@@ -73,6 +77,7 @@ if TYPE_CHECKING:
     from lsgm.solvers import UniPC as UniPC
     from lsgm.solvers import make_grid as make_grid
     from lsgm.solvers import make_solver as make_solver
+    from lsgm.solvers.sampler import Sampler as Sampler
     from lsgm.times import make_proposal as make_proposal
     from lsgm.training.fit import fit as fit
     from lsgm.weighting import make_weighting as make_weighting
@@ -92,13 +97,15 @@ _HOMES = {
     "MixedNormalScore": "lsgm.score",
     "DataScore": "lsgm.networks.data_score",
     "NCSNpp": "lsgm.networks",
-    # Training objectives
+    # Training
+    "fit": "lsgm.training.fit",
     "make_weighting": "lsgm.weighting",
     "make_proposal": "lsgm.times",
     "denoising_score_matching": "lsgm.objectives",
     "prior_losses": "lsgm.objectives",
     "score_loss": "lsgm.score_matching",
     # Samplers
+    "Sampler": "lsgm.solvers.sampler",
     "AdaptiveODE": "lsgm.solvers",
     "AnnealedLangevin": "lsgm.solvers",
     "DDIM": "lsgm.solvers",
@@ -125,8 +132,11 @@ _HOMES = {
     "DataSGM": "lsgm.models.images",
     "LSGM": "lsgm.models.latent",
     "VAEModel": "lsgm.models.latent",
-    "fit": "lsgm.training.fit",
+    "Model": "lsgm.models.base",
+    "Samples": "lsgm.models.base",
+    "Bound": "lsgm.models.base",
     "load": "lsgm.models.loading",
+    "load_classifier": "lsgm.models.loading",
     "ArrayDataset": "lsgm.data",
     "FolderDataset": "lsgm.data",
     "build_datasets": "lsgm.data",

@@ -127,7 +127,7 @@ def ode_log_density(
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose from {', '.join(METHODS)}")
     divergence = ExactDivergence() if divergence is None else divergence
-    t_end = sde.t_min if t_end is None else t_end
+    t_end = sde.time_eps if t_end is None else t_end
     if not 0 <= t_end < 1 or sde.var(torch.tensor(t_end, dtype=torch.float64)).item() <= 0:
         raise ValueError(f"need a time in [0, 1) with variance for the data, got t_end={t_end}")
     time_dtype = z0.dtype if published else torch.float64

@@ -126,9 +126,9 @@ def denoising_score_matching(
 
 
 def endpoint_cross_entropy(sde: LinearSDE, x0: Tensor) -> Tensor:
-    r"""The two ends of the variational bound that the integral over ``[t_min, 1]`` leaves out.
+    r"""The two ends of the variational bound that the integral over ``[time_eps, 1]`` leaves out.
 
-    With ``x_eps`` the state at ``t_min``, and ``m``, ``v`` the kernel's moments there:
+    With ``x_eps`` the state at ``time_eps``, and ``m``, ``v`` the kernel's moments there:
 
     * ``-log p(x_0 | x_eps)`` in expectation over ``x_eps``, with the decoder
       ``N(m x_eps / (m^2 + v), v / (m^2 + v))``, the exact posterior for data from N(0, I). With
@@ -138,14 +138,14 @@ def endpoint_cross_entropy(sde: LinearSDE, x0: Tensor) -> Tensor:
     * ``KL( q(x_1 | x_0) || p(x_1) )``, which the paper takes as zero.
 
     Args:
-        sde: The forward SDE, with variance at ``t_min``.
+        sde: The forward SDE, with variance at ``time_eps``.
         x0: Data, ``(B, *shape)``.
 
     Returns:
         ``(B,)`` nats, float64.
     """
-    # float64: the terms are large, of both signs, and divided by the small variance at t_min
-    ends = torch.tensor([sde.t_min, 1.0], dtype=torch.float64, device=x0.device)
+    # float64: the terms are large, of both signs, and divided by the small variance at time_eps
+    ends = torch.tensor([sde.time_eps, 1.0], dtype=torch.float64, device=x0.device)
     mean, var = sde.mean_coef(ends), sde.var(ends)
     size = x0[0].numel()
     second_moment = sum_except_batch(x0.double().square())
@@ -167,7 +167,7 @@ class NormalControlVariate:
 
     With ``N(z_t, t) = c(t) z_t`` the expectation over noise and time of ``w_q / density * (N -
     eps)^2`` is ``slope z_0^2 + offset`` an element, where ``slope = int w_q c^2 m^2 dt`` and
-    ``offset = int w_q (c sigma - 1)^2 dt`` over ``[t_min, 1]``.
+    ``offset = int w_q (c sigma - 1)^2 dt`` over ``[time_eps, 1]``.
     """
 
     sde: LinearSDE
@@ -185,15 +185,17 @@ class NormalControlVariate:
         ``sigma2_0 > 0``.
 
         Raises:
-            ValueError: The kernel has no variance at ``t_min``, where the integral diverges.
+            ValueError: The kernel has no variance at ``time_eps``, where the integral diverges.
         """
-        ends = torch.tensor([sde.t_min, 1.0], dtype=torch.float64)
+        ends = torch.tensor([sde.time_eps, 1.0], dtype=torch.float64)
         signal, total = sde.mean_coef(ends).square(), sde.total_var(ends)
         if not (sde.var(ends) > 0).all():
-            raise ValueError(f"the kernel has no variance at t = {sde.t_min}, so no finite bound")
+            raise ValueError(
+                f"the kernel has no variance at t = {sde.time_eps}, so no finite bound"
+            )
         slope = 0.5 * signal / total
         # v / T = 1 - share, and v / T - 1 - ln(v / T) without cancellation where v is close to T
-        share = (1 - sde.initial_var) * signal / total
+        share = (1 - sde.sigma2_0) * signal / total
         ratio = torch.where(share < 0.5, torch.log1p(-share), (sde.var(ends) / total).log())
         offset = -0.5 * (share + ratio)
         return cls(sde, (slope[0] - slope[1]).item(), (offset[0] - offset[1]).item())

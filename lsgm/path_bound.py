@@ -1,7 +1,7 @@
 r"""The diffusion prior as a deep hierarchical model: importance weights that bound its density.
 
-The generative process on times ``1 = t_N > ... > t_1 = t_min`` is a chain of Gaussians that ends in
-the data ``z_0`` (arXiv 2006.11239 section 3; arXiv 2107.00630 eq. 11),
+The generative process on times ``1 = t_N > ... > t_1 = time_eps`` is a chain of Gaussians that ends
+in the data ``z_0`` (arXiv 2006.11239 section 3; arXiv 2107.00630 eq. 11),
 
     p(z_N) = N(0, prior_var I),    p(z_s | z_t) = N( (z_t - b^2 eps(z_t, t) / sigma_t) / a, c I ) ,
 
@@ -187,7 +187,7 @@ class PathPrior:
         Raises:
             ValueError: An unknown grid, too few steps, or no variance at ``t_end``.
         """
-        chain = path_steps(sde, steps, grid, sde.t_min if t_end is None else t_end)
+        chain = path_steps(sde, steps, grid, sde.time_eps if t_end is None else t_end)
         variances = tuple(torch.tensor(step.normal_var, dtype=torch.float64) for step in chain)
         return cls(sde, eps_fn, chain, variances, (1.0,) * len(chain))
 

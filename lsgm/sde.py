@@ -37,7 +37,7 @@ __all__ = [
 
 
 class LinearSDE(ABC):
-    r"""A scalar linear SDE. Data sit at ``t = 0``; training uses ``t`` in ``[t_min, 1]``.
+    r"""A scalar linear SDE. Data sit at ``t = 0``; training uses ``t`` in ``[time_eps, 1]``.
 
     An SDE of your own gives the kernel, :meth:`mean_coef` and an increasing :meth:`var`; all else
     has a default that follows from them, which a closed form may override::
@@ -62,12 +62,12 @@ class LinearSDE(ABC):
         """Variance of the kernel."""
 
     @property
-    def t_min(self) -> float:
+    def time_eps(self) -> float:
         """Lower end of the training interval, where the kernel needs variance; 1e-3 by default."""
         return 1e-3
 
     @property
-    def initial_var(self) -> float:
+    def sigma2_0(self) -> float:
         """Variance of the kernel at ``t = 0``, the paper's ``sigma_0^2``."""
         return self.var(torch.zeros((), dtype=torch.float64)).item()
 
@@ -101,8 +101,8 @@ class LinearSDE(ABC):
         return 1 - self.var(t)
 
     def total_var(self, t: Tensor) -> Tensor:
-        """Variance of ``z_t`` for data that, smoothed by ``initial_var``, are N(0, 1)."""
-        return (1 - self.initial_var) * self.mean_coef(t).square() + self.var(t)
+        """Variance of ``z_t`` for data that, smoothed by ``sigma2_0``, are N(0, 1)."""
+        return (1 - self.sigma2_0) * self.mean_coef(t).square() + self.var(t)
 
     def perturb(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Sample the kernel, ``m(t) x0 + sqrt(var(t)) eps``: ``x0, eps (B, *d)``, ``t (B,)``."""
@@ -135,16 +135,16 @@ class LinearSDE(ABC):
         norm = 0.5 * math.log(2 * math.pi * self.prior_var)
         return -sum_except_batch(0.5 * x.square() / self.prior_var + norm)
 
-    def cross_entropy_constant(self, t_min: float | None = None) -> float:
-        """Entropy of the kernel at the cutoff: ``(1 + ln(2 pi var(t_min))) / 2`` nats a variable.
+    def cross_entropy_constant(self, time_eps: float | None = None) -> float:
+        """Entropy of the kernel at the cutoff: ``(1 + ln(2 pi var(time_eps))) / 2`` nats a value.
 
-        The term of the cross entropy that holds no score (arXiv 2106.05931 theorem 1). ``t_min``
+        The term of the cross entropy that holds no score (arXiv 2106.05931 theorem 1). ``time_eps``
         defaults to the SDE's.
 
         Raises:
             ValueError: the variance at the cutoff is zero, so the entropy is minus infinity.
         """
-        cutoff = self.t_min if t_min is None else t_min
+        cutoff = self.time_eps if time_eps is None else time_eps
         variance = self.var(torch.tensor(cutoff, dtype=torch.float64)).item()
         if variance <= 0:
             raise ValueError(
@@ -154,18 +154,18 @@ class LinearSDE(ABC):
         return 0.5 * (1 + math.log(2 * math.pi * variance))
 
 
+MAX_BETA = 1000.0
+"""Largest beta(0) + beta(1): the mean coefficient at t = 1, ``exp(-MAX_BETA / 4)``, and its square
+are still numbers of float64.
+"""
+
+
 def _with_rate(fn: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
     """``fn(t)`` and its derivative by forward-mode autograd, in float64: ``(B,)`` each."""
     t = t.detach().double()
     # func.jvp works whatever gradient mode or transform the caller is in
     value, rate = torch.func.jvp(fn, (t,), (torch.ones_like(t),))[:2]
     return value, rate
-
-
-MAX_BETA = 1000.0
-"""Largest beta(0) + beta(1): the mean coefficient at t = 1, ``exp(-MAX_BETA / 4)``, and its square
-are still numbers of float64.
-"""
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
@@ -195,14 +195,6 @@ class _LinearBetaSDE(LinearSDE):
         )
         _check_range("sigma2_0", self.sigma2_0, 0, 1)
         _check_range("time_eps", self.time_eps, 0, 1)
-
-    @property
-    def t_min(self) -> float:
-        return self.time_eps
-
-    @property
-    def initial_var(self) -> float:
-        return self.sigma2_0
 
     @property
     def prior_var(self) -> float:
@@ -316,14 +308,6 @@ class GeometricVPSDE(LinearSDE):
         _check_range("time_eps", self.time_eps, 0, 1)
 
     @property
-    def t_min(self) -> float:
-        return self.time_eps
-
-    @property
-    def initial_var(self) -> float:
-        return self.sigma2_0
-
-    @property
     def prior_var(self) -> float:
         return 1.0
 
@@ -381,11 +365,7 @@ class VESDE(LinearSDE):
         _check_range("time_eps", self.time_eps, 0, 1)
 
     @property
-    def t_min(self) -> float:
-        return self.time_eps
-
-    @property
-    def initial_var(self) -> float:
+    def sigma2_0(self) -> float:
         return self.sigma2_min
 
     @property

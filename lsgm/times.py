@@ -1,6 +1,6 @@
 r"""Time proposals: how training times are drawn, for any SDE and any weighting.
 
-An integral over ``[t_min, 1]`` of ``w(t) l(t)`` is estimated by ``w(t) l(t) / p(t)`` with ``t ~
+An integral over ``[time_eps, 1]`` of ``w(t) l(t)`` is estimated by ``w(t) l(t) / p(t)`` with ``t ~
 p``, unbiased for every density ``p > 0``; a :class:`TimeSample` therefore carries ``1 / p(t)``. For
 data distributed as N(0, I) and the optimal score, the error is ``l(t) = 1 - var / total_var`` a
 variable, so ``p`` proportional to ``w(t) (1 - var(t) / total_var(t))`` has no variance at all, and
@@ -70,7 +70,7 @@ class TimeSample:
     """Times and the weights that make their average an integral.
 
     Attributes:
-        t: ``(B,)`` float64 in ``[t_min, 1]``.
+        t: ``(B,)`` float64 in ``[time_eps, 1]``.
         inverse_density: ``(B,)`` float64, ``1 / p(t)``.
     """
 
@@ -140,17 +140,17 @@ def _lattice(n: int, rng: Rng, device: torch.device | str) -> Tensor:
 
 @dataclass(frozen=True)
 class UniformTimes(TimeProposal):
-    """Uniform on ``[t_min, 1]``.
+    """Uniform on ``[time_eps, 1]``.
 
     The inverse density is the interval's length, so that the estimate is an integral.
     """
 
-    t_min: float
+    time_eps: float
 
     def from_uniform(self, rho: Tensor) -> TimeSample:
         rho = rho.double()
-        length = 1 - self.t_min
-        return TimeSample(self.t_min + length * rho, torch.full_like(rho, length))
+        length = 1 - self.time_eps
+        return TimeSample(self.time_eps + length * rho, torch.full_like(rho, length))
 
 
 @dataclass(frozen=True)
@@ -169,25 +169,25 @@ class Clock:
 
 
 class ClockTimes(TimeProposal):
-    """Times uniform in a clock on ``[t_min, 1]``.
+    """Times uniform in a clock on ``[time_eps, 1]``.
 
     Raises:
         ValueError: the clock is not finite at an end of the interval.
     """
 
-    def __init__(self, clock: Clock, t_min: float) -> None:
-        self.clock, self.t_min = clock, t_min
-        start, end = clock.value(torch.tensor([t_min, 1.0], dtype=torch.float64)).tolist()
+    def __init__(self, clock: Clock, time_eps: float) -> None:
+        self.clock, self.time_eps = clock, time_eps
+        start, end = clock.value(torch.tensor([time_eps, 1.0], dtype=torch.float64)).tolist()
         if not math.isfinite(start) or not math.isfinite(end):
             raise ValueError(
-                f"this proposal's density has no finite integral from t = {t_min}; "
+                f"this proposal's density has no finite integral from t = {time_eps}; "
                 "use time_eps > 0 or sigma2_0 > 0"
             )
         self.start, self.length = start, end - start
 
     def from_uniform(self, rho: Tensor) -> TimeSample:
         # rounding in the inverse may leave the interval at its ends
-        t = self.clock.inverse(self.start + self.length * rho.double()).clamp(self.t_min, 1.0)
+        t = self.clock.inverse(self.start + self.length * rho.double()).clamp(self.time_eps, 1.0)
         return TimeSample(t, self.length / self.clock.rate(t))
 
 
@@ -199,8 +199,8 @@ class TabulatedTimes(TimeProposal):
     estimates stay unbiased whatever the table's resolution.
 
     Args:
-        density: of float64 ``t (N,)``, positive, up to a factor; it may vanish at ``t_min``.
-        t_min: lower end.
+        density: of float64 ``t (N,)``, positive, up to a factor; it may vanish at ``time_eps``.
+        time_eps: lower end.
         size: nodes, half of them evenly spaced in ``t`` and half in ``ln t``.
         end_size: further nodes, evenly spaced in ``ln(1 - t)``, for a density that is steep there.
 
@@ -208,22 +208,22 @@ class TabulatedTimes(TimeProposal):
         mass: integral of the density as it was given.
 
     Raises:
-        ValueError: the density is not finite and positive everywhere on ``[t_min, 1]``.
+        ValueError: the density is not finite and positive everywhere on ``[time_eps, 1]``.
     """
 
     def __init__(
         self,
         density: Callable[[Tensor], Tensor],
-        t_min: float,
+        time_eps: float,
         size: int = 4096,
         end_size: int = 0,
     ) -> None:
-        first = max(t_min, 1e-8)
-        even = torch.linspace(t_min, 1, size // 2, dtype=torch.float64)
+        first = max(time_eps, 1e-8)
+        even = torch.linspace(time_eps, 1, size // 2, dtype=torch.float64)
         geometric = torch.logspace(math.log10(first), 0, size // 2, dtype=torch.float64).clamp(
-            t_min, 1
+            time_eps, 1
         )
-        steep = 1 - torch.logspace(-8, 0, end_size, dtype=torch.float64) * (1 - t_min)
+        steep = 1 - torch.logspace(-8, 0, end_size, dtype=torch.float64) * (1 - time_eps)
         nodes = torch.unique(torch.cat([even, geometric, steep]))
         heights = density(nodes)
         if heights[0] == 0:
@@ -231,7 +231,7 @@ class TabulatedTimes(TimeProposal):
             heights[0] = 0.5 * heights[1]
         if not bool(((heights > 0) & heights.isfinite()).all()):
             raise ValueError(
-                f"the density must be finite and positive on [{t_min}, 1]; "
+                f"the density must be finite and positive on [{time_eps}, 1]; "
                 "use time_eps > 0 or sigma2_0 > 0"
             )
         areas = 0.5 * (heights[1:] + heights[:-1]) * nodes.diff()
@@ -298,7 +298,7 @@ def _ve_log_ratio_clock(sde: VESDE) -> Clock:
 
     (``g2 / var`` is constant.)
     """
-    data_var = 1 - sde.initial_var
+    data_var = 1 - sde.sigma2_0
     return Clock(
         value=lambda t: -torch.log1p(data_var / sde.var(t)),
         inverse=lambda u: sde.inverse_var(data_var / torch.expm1(-u)),
@@ -308,7 +308,7 @@ def _ve_log_ratio_clock(sde: VESDE) -> Clock:
 
 def _ve_log_total_clock(sde: VESDE) -> Clock:
     """Uniform in ``ln total_var``: density proportional to ``g2 / total_var``."""
-    data_var = 1 - sde.initial_var
+    data_var = 1 - sde.sigma2_0
     return Clock(
         value=lambda t: sde.total_var(t).log(),
         inverse=lambda u: sde.inverse_var(u.exp() - data_var),
@@ -337,33 +337,33 @@ def normal_data_density(sde: LinearSDE, weighting: Weighting, t: Tensor) -> Tens
 
     Up to a factor; ``t (B,)`` to ``(B,)``.
     """
-    data_var = (1 - sde.initial_var) * sde.mean_coef(t).square()
+    data_var = (1 - sde.sigma2_0) * sde.mean_coef(t).square()
     return weighting(sde, t) * data_var / sde.total_var(t)
 
 
 def uniform_times(sde: LinearSDE, weighting: Weighting) -> TimeProposal:
-    """Uniform on ``[t_min, 1]``, whatever the weighting."""
-    return UniformTimes(sde.t_min)
+    """Uniform on ``[time_eps, 1]``, whatever the weighting."""
+    return UniformTimes(sde.time_eps)
 
 
 def optimal_times(sde: LinearSDE, weighting: Weighting) -> TimeProposal:
     """The variance-free density for N(0, I) data, inverted numerically.
 
     Raises:
-        ValueError: that density is infinite at ``t_min``.
+        ValueError: that density is infinite at ``time_eps``.
     """
-    return TabulatedTimes(lambda t: normal_data_density(sde, weighting, t), sde.t_min)
+    return TabulatedTimes(lambda t: normal_data_density(sde, weighting, t), sde.time_eps)
 
 
 def importance_times(sde: LinearSDE, weighting: Weighting) -> TimeProposal:
     """The paper's importance sampling where it has a closed form, :func:`optimal_times` elsewhere.
 
     Raises:
-        ValueError: the density has no finite integral from ``t_min``.
+        ValueError: the density has no finite integral from ``time_eps``.
     """
     make_clock = CLOCKS.get((type(sde), weighting.name))
     clock = make_clock(sde) if make_clock is not None else None
-    return optimal_times(sde, weighting) if clock is None else ClockTimes(clock, sde.t_min)
+    return optimal_times(sde, weighting) if clock is None else ClockTimes(clock, sde.time_eps)
 
 
 def weighted_times(sde: LinearSDE, weighting: Weighting) -> TimeProposal:
@@ -373,9 +373,9 @@ def weighted_times(sde: LinearSDE, weighting: Weighting) -> TimeProposal:
     (arXiv 2101.09258 section 5.1, with the likelihood's weighting).
 
     Raises:
-        ValueError: the weight is infinite at ``t_min``.
+        ValueError: the weight is infinite at ``time_eps``.
     """
-    return TabulatedTimes(lambda t: weighting(sde, t), sde.t_min)
+    return TabulatedTimes(lambda t: weighting(sde, t), sde.time_eps)
 
 
 DEFENSIVE_SHARE = 0.1
@@ -393,11 +393,11 @@ def mixture_times(
     variance but for the cut at ``t = 1``. Data that are N(0, I) cost ``1 / (1 - share)`` more.
 
     Raises:
-        ValueError: a density is infinite at ``t_min``.
+        ValueError: a density is infinite at ``time_eps``.
     """
 
     def table(density: Callable[[Tensor], Tensor]) -> TabulatedTimes:
-        return TabulatedTimes(density, sde.t_min, end_size=1024)
+        return TabulatedTimes(density, sde.time_eps, end_size=1024)
 
     optimum = table(lambda t: normal_data_density(sde, weighting, t)).mass
     defence = table(lambda t: weighting(sde, t)).mass
@@ -415,7 +415,7 @@ def make_proposal(name: str, sde: LinearSDE, weighting: Weighting) -> TimePropos
     It is for an SDE and the weighting whose estimate it serves.
 
     Raises:
-        ValueError: unknown name, or a density that cannot be normalised on ``[t_min, 1]``.
+        ValueError: unknown name, or a density that cannot be normalised on ``[time_eps, 1]``.
     """
     proposal: TimeProposal = PROPOSALS[name](sde, weighting)
     return proposal

@@ -78,7 +78,7 @@ def test_the_cross_entropy_nelbo(name):
     model = linear_gaussian_lsgm(CASES[name])
     x, truth = model.vae.images(IMAGES)
     mean, error = gap(nelbo(model, iter([x]), samples=200).per_image, truth)
-    cutoff = model.sde.var(torch.tensor(model.sde.t_min, dtype=torch.float64)).item()
+    cutoff = model.sde.var(torch.tensor(model.sde.time_eps, dtype=torch.float64)).item()
     assert mean > exact_elbo_gap(model) - 4 * error
     assert mean < exact_elbo_gap(model) + 4 * error + 5 * cutoff
     assert error < 0.1 * mean

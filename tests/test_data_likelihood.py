@@ -9,7 +9,7 @@ from oracles import GaussianOracle
 from lsgm.data.pixels import Pixels
 from lsgm.data.spec import DataSpec
 from lsgm.divergence import HutchinsonDivergence
-from lsgm.evaluation.likelihood.images import ode_data_likelihood
+from lsgm.models.image_likelihood import ode_data_likelihood
 from lsgm.sde import VESDE, VPSDE, SubVPSDE
 
 SPEC = DataSpec("toy", channels=2, image_size=3, padding=1, binary=True)
@@ -57,7 +57,7 @@ def test_equals_the_closed_form_through_the_whole_transform(sde, data_range):
     scale, shift = (1 / 256, 0.0) if data_range == "unit" else (1 / 128, -1.0)
     y = scale * (k + u) + shift
     # the model's own prior at t = 1, without the mismatch to N(0, 1)
-    expected = -oracle.ode_log_prob(y, sde.t_min) - k[0].numel() * math.log(scale)
+    expected = -oracle.ode_log_prob(y, sde.time_eps) - k[0].numel() * math.log(scale)
     assert (found.nats - expected).abs().max() / k[0].numel() < 1e-4
     torch.testing.assert_close(found.bits_per_dim, found.nats / (18 * math.log(2)))
     if isinstance(sde, VPSDE):  # there that is the density of the data, to 1e-3 nats a value
@@ -93,7 +93,7 @@ def test_more_draws_tighten_the_bound():
     assert gap.min() >= -1e-9  # Jensen, for every image
     assert gap.mean() > 10 * gap.std() / math.sqrt(len(gap))
     # in units of v: the data's own spread and that of the kernel at the cutoff
-    kernel = 256 * sde.var(torch.tensor(sde.t_min, dtype=torch.float64)).sqrt().item()
+    kernel = 256 * sde.var(torch.tensor(sde.time_eps, dtype=torch.float64)).sqrt().item()
     normal = torch.distributions.Normal(100.2, math.hypot(0.5, kernel))
     low, high = normal.cdf(torch.tensor([100.0, 101.0], dtype=torch.float64))
     exact = -math.log((high - low).item())

@@ -308,7 +308,8 @@ def test_score_sde_sampler(name: str) -> None:
     """
     _, model = build(name)
     expected = SCORE_SDE[name]
-    solver, times = model.default_solver()
+    sampler = model.default_sampler()
+    solver, times = sampler.method, sampler.times
     assert isinstance(solver, DiscretePredictorCorrector) and solver.denoise
     assert (solver.predictor, solver.levels) == (expected.predictor, expected.levels)
     assert solver.evaluations(len(times) - 1) == expected.evaluations

@@ -22,6 +22,7 @@ from lsgm.networks.data_score import DataScore
 from lsgm.noise_ladder import select_step
 from lsgm.sde import VESDE, VPSDE
 from lsgm.solvers import make_grid, make_solver
+from lsgm.solvers.sampler import Sampler
 
 SPEC = DataSpec("toy", channels=1, image_size=4, padding=2, binary=True, num_classes=3)
 NETWORK = PriorNetworkConfig(
@@ -78,7 +79,7 @@ def test_pixels_there_and_back(data_range, dequantise):
 
 def test_pixels_refuse_another_size():
     with pytest.raises(ValueError, match=r"1, 4, 4.*not \(2, 1, 3, 3\)"):
-        Pixels.of(SPEC, "unit", True).crop(torch.zeros(2, 1, 3, 3))
+        Pixels.of(SPEC, "unit", True).spec.unpad(torch.zeros(2, 1, 3, 3))
 
 
 # The noise prediction
@@ -164,11 +165,13 @@ def test_the_recommended_sampler_gives_the_data(kind, options, sampler):
     """Mean and standard deviation of Gaussian data, to the samplers' bias (in 16 dimensions, where
     the norms that scale the corrector's step fluctuate)."""
     model = with_oracle(build(kind, sampler, **options), 0.4, 0.2)
-    solution = model.sample(400, rng())
+    recommended, noise = model.default_sampler(), rng()
+    start = model.prior_start(400, noise, solver=recommended.method)
+    solution = recommended.solve(model.sde, model.eps_fn(), start, noise)
     assert solution.nfe == model.defaults.nfe or abs(solution.nfe - sampler.nfe) <= 2
     assert solution.x.mean().item() == pytest.approx(0.4, abs=0.02)
     assert solution.x.std().item() == pytest.approx(0.2, abs=0.035)
-    images = model.decode_state(solution.x)
+    images = model.decode([solution.x])
     assert images.min() >= 0 and images.max() <= 1
     torch.testing.assert_close(images, model.pixels.to_images(solution.x.float()).clamp(0, 1))
 
@@ -176,26 +179,8 @@ def test_the_recommended_sampler_gives_the_data(kind, options, sampler):
 def test_given_solver_replaces_the_recommended_one():
     model = with_oracle(build(), 0.0, 0.5)
     times = make_grid("time", model.sde, 6, 1e-3)
-    solution = model.sample(2, rng(), solver=make_solver("euler"), times=times)
-    assert solution.nfe == 6
-
-
-def test_a_solver_without_times_takes_the_recommended_ones():
-    """And not, in silence, another solver."""
-    sampler = SamplerConfig("dpmpp_2m", 24, t_end=0.01)
-    model = with_oracle(build(sampler=sampler), 0.0, 0.5)
-    heun = make_solver("heun", keep_trajectory=True)
-    times = make_grid("sqrt_time", model.sde, 12, 0.01)
-    found = model.sample(2, rng(), solver=heun)
-    assert found.nfe == 24
-    assert torch.equal(found.x, model.sample(2, rng(), solver=heun, times=times).x)
-    adaptive = model.sample(2, rng(), solver=make_solver("dopri5"))
-    torch.testing.assert_close(adaptive.x, found.x, atol=0.02, rtol=0)
-    # times alone are those of the recommended solver
-    own = model.sample(2, rng(), times=make_grid("time", model.sde, 5, 0.01))
-    assert own.nfe == 6
-    ladder = build("ncsn")
-    assert torch.equal(ladder.times_of(heun), ladder.ladder.times)
+    assert model.sample(2, sampler=Sampler("euler", times=times)).nfe == 6
+    assert model.sample(2, sampler=Sampler("heun", nfe=9, grid="time")).nfe == 8
 
 
 @pytest.mark.parametrize("data_range", ["unit", "symmetric"])
@@ -204,7 +189,7 @@ def test_ncsn_may_start_from_uniform_noise(data_range):
     sampler = SamplerConfig(start="uniform")
     model = build("ncsn", sampler, data_range=data_range, ladder=LadderConfig(3.0, 0.01, 5))
     low = -1.0 if data_range == "symmetric" else 0.0
-    solver, _ = model.default_solver()
+    solver = model.default_sampler().method
     start = model.prior_start(4000, rng(), solver=solver)
     assert start.min() >= low and start.max() <= 1
     assert start.mean().item() == pytest.approx((1 + low) / 2, abs=0.01)
@@ -223,7 +208,8 @@ def test_defaults_of_the_ladder():
     assert (chosen.solver, chosen.grid, chosen.t_end, chosen.nfe) == ("langevin", "ladder", 0.0, 51)
     assert chosen.options["steps_per_level"] == 5
     assert chosen.options["step_ratio"] == select_step(model.ladder, 5).step_ratio
-    solver, times = model.default_solver()
+    sampler = model.default_sampler()
+    solver, times = sampler.method, sampler.times
     assert torch.equal(times, model.ladder.times)
     assert solver.evaluations(len(times) - 1) == 51
 
@@ -231,8 +217,8 @@ def test_defaults_of_the_ladder():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: build(sampler=SamplerConfig("langevin")).default_solver(), "kind ncsn"),
-        (lambda: build(sampler=SamplerConfig("nonsense")).default_solver(), "nonsense"),
+        (lambda: build(sampler=SamplerConfig("langevin")).default_sampler(), "kind ncsn"),
+        (lambda: build(sampler=SamplerConfig("nonsense")).default_sampler(), "nonsense"),
         (lambda: build("ncsn", ladder=LadderConfig(None, 0.01)), "sigma_max"),
         (lambda: build(network="refinenet"), "noise levels"),
         (
@@ -255,9 +241,9 @@ def test_state_is_the_image():
     model = build(dequantise=False)
     assert isinstance(model, DataSGM)
     x = torch.rand(2, 1, 8, 8, generator=rng())
-    state, finer = model.encode_state(2 * x - 1)
-    assert finer == [] and model.sample_finer(2, rng()) == []
-    torch.testing.assert_close(model.decode_state(state), x[..., 2:6, 2:6], rtol=0, atol=1e-6)
+    latents = model.encode(2 * x - 1)
+    assert len(latents) == 1 and model.sample_finer(2, rng()) == []
+    torch.testing.assert_close(model.decode(latents), x[..., 2:6, 2:6], rtol=0, atol=1e-6)
     start = model.prior_start(500, rng(), temperature=2.0)
     assert start.shape == (500, *model.state_shape)
     assert start.std().item() == pytest.approx(2.0, rel=0.05)

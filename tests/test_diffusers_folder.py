@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from samplers import chosen_solver, recommended_solver
 from torch import Tensor
 
 import lsgm
 from lsgm.importers.diffusers_folder import import_diffusers
 from lsgm.models.images import DataSGM
-from lsgm.sampling.sampler import SolverOptions, choose_solver
+from lsgm.sampling.sampler import SolverOptions
 from lsgm.sde import VESDE
 
 diffusers = pytest.importorskip("diffusers")
@@ -144,7 +145,7 @@ def test_samplers_are_equal(name: str, steps: int, tmp_path: Path) -> None:
     ve = isinstance(model.sde, VESDE)
     each = 1 + scheduler.config.correct_steps if ve else 1
     options = SolverOptions(solver=model.defaults.solver, nfe=steps * each, grid="time")
-    solver, times = choose_solver(model, options)
+    solver, times = chosen_solver(model, options)
     start = torch.randn(2, unet.config.in_channels, SIZE, SIZE)
     start = start * scheduler.init_noise_sigma if ve else start
     theirs = loop(unet, scheduler, start, steps, torch.Generator().manual_seed(3))
@@ -156,11 +157,11 @@ def test_samplers_are_equal(name: str, steps: int, tmp_path: Path) -> None:
 
 def test_the_default_is_the_scheduler(tmp_path: Path) -> None:
     make("ve-ffhq1024", tmp_path / "ve", correct_steps=2, snr=0.15, num_train_timesteps=1000)
-    solver, times = imported(tmp_path / "ve", tmp_path / "a").default_solver()
+    solver, times = recommended_solver(imported(tmp_path / "ve", tmp_path / "a"))
     assert (len(times), solver.corrector_steps, solver.snr, solver.norm) == (1000, 2, 0.15, "batch")
     assert solver.predictor == "reverse_diffusion" and solver.denoise
     make("ddpm-grey", tmp_path / "ddpm", clip_sample=False)
-    solver, times = imported(tmp_path / "ddpm", tmp_path / "b").default_solver()
+    solver, times = recommended_solver(imported(tmp_path / "ddpm", tmp_path / "b"))
     assert (len(times), solver.clip, solver.variance) == (1000, False, "small")
 
 

@@ -31,6 +31,7 @@ from lsgm.sampling.codes import close_round_trip
 from lsgm.sampling.editing import colourise, inpaint
 from lsgm.sampling.masks import make_mask, state_mask
 from lsgm.solvers import make_grid, make_solver
+from lsgm.solvers.sampler import Sampler
 from vae.random import RowGenerators
 
 NETWORK = PriorNetworkConfig(num_channels=8, num_scales=1, num_cells_per_scale=1, embedding_dim=8)
@@ -110,11 +111,11 @@ def test_colours_keep_the_grey_image(runs, tmp_path):
     assert not np.array_equal(coloured, original)
     model = lsgm.load(runs / "colour")
     x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    solver, times = make_solver("ancestral"), make_grid("time", model.sde, 4, 1e-2)
+    sampler = Sampler("ancestral", nfe=4, grid="time", t_end=1e-2)
     seen = []
-    model.decode_state = lambda state, finer: seen.append(state) or x
-    colourise(model, x, solver, times, RowGenerators.of(0, range(2)))
-    known, _ = model.encode_state(x, mean=True)
+    model.decode = lambda latents, rng=None: seen.extend(latents) or x
+    colourise(model, x, sampler, RowGenerators.of(0, range(2)))
+    (known,) = model.encode(x, mean=True)
     torch.testing.assert_close(seen[0].mean(1), known.mean(1), atol=1e-4, rtol=1e-4)
     assert (seen[0] - known).abs().mean() > 0.1
     with pytest.raises(UserError, match="colour images in data space"):
@@ -124,12 +125,11 @@ def test_colours_keep_the_grey_image(runs, tmp_path):
 def test_a_latent_model_keeps_the_latents_of_known_pixels(runs):
     model = lsgm.load(runs / "lsgm")
     x = 2.0 * (torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0)) < 0.5) - 1
-    solver, times = make_solver("ancestral"), make_grid("time", model.sde, 4, 1e-2)
+    sampler = Sampler("ancestral", nfe=4, grid="time", t_end=1e-2)
     seen = []
-    model.decode_state = lambda state, finer: seen.append((state, finer)) or x
-    inpaint(model, x, make_mask("left", 16), 0, solver, times, RowGenerators.of(0, range(2)))
-    state, finer = model.encode_state(x, mean=True)
-    for new, old in zip([seen[0][0], *seen[0][1]], [state, *finer], strict=True):
+    model.decode = lambda latents, rng=None: seen.extend(latents) or x
+    inpaint(model, x, make_mask("left", 16), sampler, RowGenerators.of(0, range(2)))
+    for new, old in zip(seen, model.encode(x, mean=True), strict=True):
         half = old.shape[-1] // 2
         assert torch.equal(new[..., half:], old[..., half:])
         assert (new[..., :half] != old[..., :half]).all()
@@ -247,7 +247,7 @@ def test_files_need_no_data_set(runs, tmp_path, monkeypatch, run):
     def no_data(config):
         raise UserError("the data set is not there")
 
-    monkeypatch.setattr("lsgm.data.build_datasets", no_data)
+    monkeypatch.setattr("lsgm.commands.edit.build_datasets", no_data)
     path = runs / "pictures" / "a" / "0.png"
     out = tmp_path / "x.png"
     edit(runs, "inpaint", run, out, "--samples", "1", "--files", str(path), *FAST)
@@ -261,7 +261,7 @@ def test_interpolations_are_decoded_in_batches_of_fixed_steps(runs, tmp_path, mo
     """As many network calls as one image costs for each batch, and the images of one by one."""
     model, calls, out = lsgm.load(runs / "grey"), [], tmp_path / "x.png"
     model.score.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
-    monkeypatch.setattr("lsgm.models.loading.load", lambda *_: model)
+    monkeypatch.setattr("lsgm.commands.edit.load", lambda *_: model)
     ends = ["--steps", "3", "--index", "0", "1", "2", "--device", "cpu", "--nfe", "4"]
     edit(runs, "interpolate", "grey", out, *ends)
     assert calls == [3] * 4 + [6] * 4

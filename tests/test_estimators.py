@@ -122,7 +122,7 @@ def test_every_estimator_of_the_priors_loss_has_the_exact_mean(
     the latter leave of the former's variance is reported.
     """
     model, w = Imperfect(sde), make_weighting(weighting)
-    exact = integrate(lambda t: w(sde, t) * model.error(t, MEAN, VARIANCE), sde.t_min) * REPEATED
+    exact = integrate(lambda t: w(sde, t) * model.error(t, MEAN, VARIANCE), sde.time_eps) * REPEATED
     variances = {}
     for proposal in PROPOSALS:
         for stratified in (False, True):
@@ -150,7 +150,8 @@ def test_the_encoders_gradient_has_the_exact_mean_whatever_the_priors_times(
     exact = torch.tensor(
         [
             integrate(
-                lambda t, i=i: LIKELIHOOD(sde, t) * model.slope_of_error(t, point)[:, i], sde.t_min
+                lambda t, i=i: LIKELIHOOD(sde, t) * model.slope_of_error(t, point)[:, i],
+                sde.time_eps,
             )
             for i in range(2)
         ],
@@ -192,7 +193,7 @@ def reach(oracle: MixtureOracle, t: float) -> float:
 
 
 def exact_integral(oracle: MixtureOracle) -> float:
-    """Expectation of the likelihood-weighted error of the optimal prediction over [t_min, 1], by
+    """Expectation of the likelihood-weighted error of the optimal prediction over [time_eps, 1], by
     the I-MMSE identity: ``I(z_0; z_tmin) - I(z_0; z_1)``, where ``I = H(z_t) - H(z_t | z_0)``.
     """
     sde, dims = oracle.sde, oracle.means.shape[1]
@@ -201,7 +202,7 @@ def exact_integral(oracle: MixtureOracle) -> float:
         kernel = 0.5 * dims * (1 + math.log(2 * math.pi * _var(sde, t)))
         return differential_entropy(oracle, t, reach(oracle, t)) - kernel
 
-    return information(sde.t_min) - information(1.0)
+    return information(sde.time_eps) - information(1.0)
 
 
 def _var(sde: LinearSDE, t: float) -> float:
@@ -241,8 +242,8 @@ def test_cross_entropy_of_a_mixture_is_exact(sde: LinearSDE, dims: int) -> None:
             error = values.std().item() / math.sqrt(n)
             assert abs(values.mean().item() - exact) < 4.5 * error
     gap = integral + ends - entropy_of_data(oracle)
-    # KL( q(z_0 | z_tmin) || decoder ), of the order of var(t_min), is what remains
-    assert 0 < gap - divergence_from_prior(oracle) < 2 * dims * _var(sde, sde.t_min)
+    # KL( q(z_0 | z_tmin) || decoder ), of the order of var(time_eps), is what remains
+    assert 0 < gap - divergence_from_prior(oracle) < 2 * dims * _var(sde, sde.time_eps)
 
 
 def divergence_from_prior(oracle: MixtureOracle) -> float:

@@ -41,7 +41,6 @@ from lsgm.config.training import (
 )
 from lsgm.data import ArrayDataset, Batches, fitting_batch_size, random_subset
 from lsgm.errors import UserError
-from lsgm.evaluation.likelihood import images as data_likelihood
 from lsgm.evaluation.likelihood.bounds import (
     Estimate,
     evaluation_batches,
@@ -54,6 +53,7 @@ from lsgm.evaluation.likelihood.images import data_ode_bound
 from lsgm.evaluation.likelihood.importance import iw
 from lsgm.evaluation.report.figures import decomposition_plot
 from lsgm.likelihood import OdeLogDensity
+from lsgm.models import image_likelihood as data_likelihood
 from lsgm.sde import VPSDE
 from lsgm.system.curves import learning_curves
 from lsgm.system.files import RunFolder, atomic_write_json

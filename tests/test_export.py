@@ -166,7 +166,7 @@ def test_score_models_come_back(name: str, tmp_path: Path) -> None:
     IMPORTERS["diffusers"].run(tmp_path / "out", tmp_path / "run", None)
     back = lsgm.load(tmp_path / "run")
     same_weights(model, back)
-    assert back.sampler == model.sampler and back.sde == model.sde
+    assert back.sampler_config == model.sampler_config and back.sde == model.sde
 
 
 def same_weights(model: nn.Module, back: nn.Module) -> None:

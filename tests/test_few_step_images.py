@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from samplers import chosen_solver
 
 from lsgm.config.architecture import (
     LadderConfig,
@@ -20,7 +21,7 @@ from lsgm.config.architecture import (
 from lsgm.data.spec import DataSpec
 from lsgm.models.images import DataSGM, build_data_model
 from lsgm.sampling.draw import draw_samples, solver_name
-from lsgm.sampling.sampler import SolverOptions, choose_solver
+from lsgm.sampling.sampler import SolverOptions
 from lsgm.solvers import AnnealedLangevin, NormalReference, PredictorCorrector, make_grid
 
 SPEC = DataSpec("folder", 1, 8, 0, binary=False)
@@ -67,9 +68,9 @@ def build(name: str) -> DataSGM:
 @pytest.mark.parametrize("name", MODELS)
 def test_few_evaluations_are_ours(name: str) -> None:
     model, options = build(name), SolverOptions(nfe=10, batch_size=2)
-    solver, times = choose_solver(model, options)
+    solver, times = chosen_solver(model, options)
     assert isinstance(solver, NormalReference)
-    assert solver.denoise == model.sampler.denoise
+    assert solver.denoise == model.sampler_config.denoise
     exploding = name in ("ve", "ncsn")
     end = {"ve": 1e-5, "ncsn": 0.0}.get(name, 1e-3)
     steps = 10 - solver.denoise
@@ -86,7 +87,7 @@ def test_few_evaluations_are_ours(name: str) -> None:
 def test_its_own_sampler_is_the_default(name: str) -> None:
     model = build(name)
     for options in (SolverOptions(), SolverOptions(solver=model.defaults.solver)):
-        assert not isinstance(choose_solver(model, options)[0], NormalReference)
+        assert not isinstance(chosen_solver(model, options)[0], NormalReference)
     assert solver_name(model, SolverOptions()) == model.defaults.solver
 
 
@@ -97,17 +98,17 @@ def test_what_names_the_own_sampler_keeps_it() -> None:
         SolverOptions(nfe=20, solver="discrete_pc"),
         SolverOptions(nfe=3000),
     ):
-        assert isinstance(choose_solver(model, options)[0], PredictorCorrector)
-    half = choose_solver(build("vp"), SolverOptions(nfe=500))[0]
+        assert isinstance(chosen_solver(model, options)[0], PredictorCorrector)
+    half = chosen_solver(build("vp"), SolverOptions(nfe=500))[0]
     assert isinstance(half, PredictorCorrector)  # which does not need its own number
     ladder = SolverOptions(nfe=20, grid="ladder")
-    solver, times = choose_solver(build("ncsn"), ladder)
+    solver, times = chosen_solver(build("ncsn"), ladder)
     assert isinstance(solver, AnnealedLangevin) and len(times) == 10
 
 
 def test_more_evaluations_go_evenly_in_the_noise_level() -> None:
     model = build("ve")
-    _, times = choose_solver(model, SolverOptions(nfe=50))
+    _, times = chosen_solver(model, SolverOptions(nfe=50))
     assert times.diff().diff().abs().max() < 1e-12
 
 
@@ -118,9 +119,9 @@ def test_a_pilot_grid_is_for_our_solver() -> None:
         parameter.data += 0.05 * torch.randn(
             parameter.shape, generator=torch.Generator().manual_seed(1)
         )
-    fitted, times = choose_solver(model, SolverOptions(nfe=4, grid="pilot"))
-    plain, even = choose_solver(model, SolverOptions(nfe=4))
-    exact, ends = choose_solver(model, SolverOptions(solver="dopri5", denoise=True))
+    fitted, times = chosen_solver(model, SolverOptions(nfe=4, grid="pilot"))
+    plain, even = chosen_solver(model, SolverOptions(nfe=4))
+    exact, ends = chosen_solver(model, SolverOptions(solver="dopri5", denoise=True))
     rng = torch.Generator().manual_seed(2)
     start = model.sde.prior_sample((8, *model.state_shape), rng, device="cpu")
     ours, default, flow = (

@@ -54,7 +54,7 @@ class MLP(nn.Module):
 class OwnSDE(LinearSDE):
     """Variance preserving, with ``beta = 20 t``."""
 
-    t_min = 0.015
+    time_eps = 0.015
 
     def mean_coef(self, t: Tensor) -> Tensor:
         return torch.exp(-5 * t**2)

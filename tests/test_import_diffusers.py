@@ -195,4 +195,4 @@ def test_published_repositories(published: Any, parameters: int, tmp_path: Path)
     model = meta_model(config)
     buffers = [v for n, v in model.named_buffers() if n.endswith("frequencies")]
     assert sum(v.numel() for v in (*model.parameters(), *buffers)) == parameters
-    assert model.default_solver()[1].shape == (scheme["num_train_timesteps"],)
+    assert model.default_sampler().times.shape == (scheme["num_train_timesteps"],)

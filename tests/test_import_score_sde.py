@@ -30,7 +30,7 @@ from lsgm.importers.command import import_command
 from lsgm.importers.formats import detect_format
 from lsgm.importers.score_sde import import_score_sde
 from lsgm.models.images import DataSGM, build_data_model
-from lsgm.sampling.sampler import choose_solver
+from lsgm.sampling.sampler import build_sampler
 from lsgm.solvers import NormalReference
 
 SPEC = DataSpec("folder", 3, 8, 0, binary=False, flip=True)
@@ -112,17 +112,16 @@ def test_the_same_model_comes_back(config: NCSNTrainConfig, prefix: str, tmp_pat
     # the run is that of its configuration and samples as it says
     assert load_run_config(tmp_path / "ema") == replace(config, name="ema")
     options = SampleOptions(run=str(tmp_path / "ema"))
-    solver, times = choose_solver(averaged, options)
-    assert solver == averaged.default_solver()[0] and torch.equal(
-        times, averaged.default_solver()[1]
-    )
-    assert averaged.sample(2, torch.Generator().manual_seed(0)).nfe == config.sampler.nfe
+    chosen, own = build_sampler(averaged, options), averaged.default_sampler()
+    assert chosen.method == own.method and torch.equal(chosen.times, own.times)
+    assert averaged.sample(2).nfe == config.sampler.nfe
     # and with fewer evaluations as a model of ours
-    solver, times = choose_solver(averaged, replace(options, nfe=10))
+    few = build_sampler(averaged, replace(options, nfe=10))
+    solver, times = few.method, few.times
     assert isinstance(solver, NormalReference) and solver.denoise
     assert solver.evaluations(len(times) - 1) == 10 and times[-1] == config.sampler.t_end
-    named, _ = choose_solver(averaged, replace(options, solver="discrete_pc"))
-    assert named == averaged.default_solver()[0]
+    named = build_sampler(averaged, replace(options, solver="discrete_pc"))
+    assert named.method == own.method
 
 
 def test_tensors_of_a_gpu_are_read_without_one(files: tuple[Path, Path], tmp_path: Path) -> None:

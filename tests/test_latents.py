@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 from oracles import GaussianOracle
+from state_model import StateModel
 
 from lsgm.config.architecture import PriorConfig, PriorNetworkConfig, VAEConfig
 from lsgm.data.spec import DataSpec
-from lsgm.models.latent import LSGM, build_prior, build_vae
+from lsgm.models.latent import LSGM, VAEModel, build_prior, build_vae
 from lsgm.sampling.codes import (
     Code,
     close_round_trip,
@@ -21,33 +22,25 @@ from lsgm.sampling.codes import (
     resample_groups,
     slerp,
 )
-from lsgm.sampling.draw import draw_batch
 from lsgm.sde import VPSDE
 from lsgm.solvers import make_grid, make_solver
+from lsgm.solvers.sampler import Sampler
 
 SDE = VPSDE()
 T_END = 0.02
 TIMES = make_grid("sqrt_time", SDE, 24, T_END)
 
 
-class Images:
+class Images(StateModel):
     """A data-space model of Gaussian images (1, 2, 2), float64, with an exact prediction."""
 
-    sde, state_shape, device = SDE, (1, 2, 2), torch.device("cpu")
+    sde, state_shape = SDE, (1, 2, 2)
 
     def __init__(self):
+        super().__init__()
         variance = torch.tensor([[[0.3, 0.1], [0.2, 0.5]]])
         self.oracle = GaussianOracle(SDE, torch.full((1, 2, 2), 0.2), variance)
         self.score = self.oracle.eps
-
-    def encode_state(self, x, rng=None, *, mean=False):
-        return x, []
-
-    def sample_finer(self, num, rng, temperature=1.0):
-        return []
-
-    def decode_state(self, state, finer, rng=None):
-        return state
 
 
 class Groups(Images):
@@ -59,7 +52,7 @@ class Groups(Images):
     covariance = 0.5 * torch.tensor([[1.0, 0.8], [0.8, 1.0]], dtype=torch.float64)
 
     def __init__(self):
-        pass
+        StateModel.__init__(self)
 
     def score(self, x, t):
         x64, t = x.double().flatten(1), t.double()
@@ -110,7 +103,7 @@ def test_round_trip_through_a_latent_model():
     assert len(code.finer) == 2
     posterior = model.vae.encode(x, noise=[torch.zeros(3, *s) for s in model.vae.latent_shapes])
     with torch.no_grad():
-        direct = model.decode(posterior.eps)
+        direct = VAEModel.decode(model, posterior.eps)
     assert (code.noise - model.vae.concat_top(posterior.eps)).abs().max() > 0.01
     back = decode(model, code, solver, TIMES)
     torch.testing.assert_close(back, direct, atol=1e-3, rtol=0)
@@ -121,7 +114,8 @@ def test_round_trip_through_a_latent_model():
 def test_a_drawn_code_is_a_sample():
     """Decoding a code with the sampler's noise gives the sampler's images."""
     model, solver = tiny_lsgm(), make_solver("ddim")
-    batch = draw_batch(model, 3, torch.Generator().manual_seed(2), solver, TIMES)
+    sampler = Sampler(solver, times=TIMES)
+    batch = model.draw(3, torch.Generator().manual_seed(2), sampler)
     code = draw_code(model, 3, torch.Generator().manual_seed(2))
     torch.testing.assert_close(decode(model, code, solver, TIMES), batch.images)
     assert torch.equal(batch.latents[1], code.finer[0])
@@ -179,9 +173,9 @@ def test_resampled_groups_have_the_conditional_law():
     solver = make_solver(
         "predictor_corrector", predictor="ancestral", corrector_steps=40, norm="expected", snr=0.35
     )
-    times = make_grid("time", SDE, 5, t_end)
+    sampler = Sampler(solver, times=make_grid("time", SDE, 5, t_end))
     rng = torch.Generator().manual_seed(0)
-    state, fresh = resample_groups(model, known, finer, [0, 3], solver, times, rng, 1.0)
+    state, fresh = resample_groups(model, known, finer, [0, 3], sampler, rng)
     assert torch.equal(state[:, 0], known[:, 0])
     assert torch.equal(fresh[1], finer[1])
     assert abs(fresh[0].mean()) < 4 / math.sqrt(2 * num)
@@ -196,11 +190,11 @@ def test_resampled_groups_have_the_conditional_law():
     assert abs(other.var() / exact_var - 1) < 4 * math.sqrt(2 / num) + 0.08
 
     rng = torch.Generator().manual_seed(0)
-    state, fresh = resample_groups(model, known, finer, range(4), solver, times, rng)
+    state, fresh = resample_groups(model, known, finer, range(4), sampler, rng)
     assert torch.equal(state, known)
     assert all(torch.equal(a, b) for a, b in zip(fresh, finer, strict=True))
     with pytest.raises(ValueError, match="no latent group 4: there are groups 0 to 3"):
-        resample_groups(model, known, finer, [4], solver, times, rng)
+        resample_groups(model, known, finer, [4], sampler, rng)
 
 
 def test_resampling_every_group_is_sampling():
@@ -208,7 +202,7 @@ def test_resampling_every_group_is_sampling():
     num, rng = 3000, torch.Generator().manual_seed(1)
     known = torch.full((num, 2, 1, 1), 5.0, dtype=torch.float64)
     times = make_grid("log_snr", SDE, 60, 0.1)
-    state, _ = resample_groups(model, known, [], [], solver, times, rng)
+    state, _ = resample_groups(model, known, [], [], Sampler(solver, times=times), rng)
     time = torch.tensor([0.1], dtype=torch.float64)
     exact = SDE.mean_coef(time) ** 2 * model.covariance + SDE.var(time) * torch.eye(2)
     found = torch.cov(state.flatten(1).T)
@@ -219,8 +213,9 @@ def test_a_latent_model_keeps_its_groups():
     model, rng = tiny_lsgm(), torch.Generator().manual_seed(0)
     x = 2.0 * (torch.rand(2, 1, 16, 16, generator=rng) < 0.5) - 1
     with torch.no_grad():
-        state, finer = model.encode_state(x, mean=True)
-    new, fresh = resample_groups(model, state, finer, [1, 2], make_solver("ancestral"), TIMES, rng)
+        state, *finer = model.encode(x, mean=True)
+    sampler = Sampler("ancestral", times=TIMES)
+    new, fresh = resample_groups(model, state, finer, [1, 2], sampler, rng)
     assert torch.equal(new[:, 2:], state[:, 2:])
     assert (new[:, :2] != state[:, :2]).all()
     assert torch.equal(fresh[0], finer[0]) and not torch.equal(fresh[1], finer[1])

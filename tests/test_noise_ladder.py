@@ -38,7 +38,7 @@ def test_levels_are_geometric_and_are_those_of_the_sde() -> None:
     torch.testing.assert_close(sde.inverse_var(sigmas.square()), ladder.times)
     again = NoiseLadder.of(sde, 232)
     torch.testing.assert_close(again.sigmas, sigmas)
-    assert ladder.sde(0.3).t_min == 0.3
+    assert ladder.sde(0.3).time_eps == 0.3
 
 
 def test_index_is_the_nearest_level_in_log_sigma() -> None:

@@ -224,7 +224,7 @@ def test_control_variate_is_its_integral_over_time(sde: LinearSDE) -> None:
     """Against quadrature in ``t``: no shape of the variance's course is assumed, and sub-VP's
     falls at first where ``sigma2_0 > 0``.
     """
-    likelihood, ends = make_weighting("likelihood"), panels(sde.t_min, 400)
+    likelihood, ends = make_weighting("likelihood"), panels(sde.time_eps, 400)
 
     def slope(t: Tensor) -> Tensor:
         c = sde.var(t).sqrt() / sde.total_var(t)
@@ -234,8 +234,8 @@ def test_control_variate_is_its_integral_over_time(sde: LinearSDE) -> None:
         return likelihood(sde, t) * (sde.var(t) / sde.total_var(t) - 1).square()
 
     control_variate = NormalControlVariate.of(sde)
-    assert control_variate.slope == pytest.approx(integrate(slope, sde.t_min, ends), rel=1e-12)
-    assert control_variate.offset == pytest.approx(integrate(offset, sde.t_min, ends), rel=1e-12)
+    assert control_variate.slope == pytest.approx(integrate(slope, sde.time_eps, ends), rel=1e-12)
+    assert control_variate.offset == pytest.approx(integrate(offset, sde.time_eps, ends), rel=1e-12)
 
 
 def test_control_variate_needs_variance_at_the_cutoff() -> None:
@@ -295,7 +295,7 @@ def test_the_encoders_gradient_of_normal_data_is_exact(sde: LinearSDE) -> None:
         rng=torch.Generator().manual_seed(0),
     )
     (gradient,) = torch.autograd.grad(losses.surrogate, z0)
-    exact = 2 * integrate(slope, sde.t_min, panels(sde.t_min, 400)) * z0.detach()
+    exact = 2 * integrate(slope, sde.time_eps, panels(sde.time_eps, 400)) * z0.detach()
     # prior_losses rounds the network's answer to float32
     torch.testing.assert_close(gradient, exact, rtol=1e-5, atol=1e-4)
 

@@ -58,7 +58,7 @@ def test_a_normal_prior_is_exact_with_any_number_of_steps(sde, steps):
     prior = PathPrior.of(sde, sde.normal_component, steps)
     error = prior.log_weight(z, gen(1)) - normal_log_prob(z)
     end = sde.total_var(torch.ones(1, dtype=torch.float64)).item() / sde.prior_var - 1
-    slack = abs(end) + 2 * sde.initial_var
+    slack = abs(end) + 2 * sde.sigma2_0
     assert error.abs().max() < 1e-9 + 6 * slack * z[0].numel()
     assert abs(error.mean()) < 1e-9 + slack
 
@@ -154,7 +154,7 @@ def test_calibration_keeps_a_normal_prior_exact(sde):
     fitted = base.calibrated(z, gen(1))
     for variance, expected in zip(fitted.variances, base.variances, strict=True):
         torch.testing.assert_close(
-            variance, expected.expand(3), rtol=1e-9 + 2 * sde.initial_var, atol=0
+            variance, expected.expand(3), rtol=1e-9 + 2 * sde.sigma2_0, atol=0
         )
 
 

@@ -101,7 +101,7 @@ def test_a_folder_has_one_png_an_image(run, tmp_path):
 
 
 def test_a_wrong_out_is_known_before_the_first_network_call(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("lsgm.sampling.draw.iterate_samples", lambda *_: pytest.fail("sampled"))
+    monkeypatch.setattr("lsgm.commands.sample.iterate_samples", lambda *_: pytest.fail("sampled"))
     (tmp_path / "file").write_text("x")
     (tmp_path / "a.png").mkdir()
     wrong = ["file/a.npz", "file", "a.png"]
@@ -122,7 +122,7 @@ def test_what_is_not_finite_is_no_picture(tmp_path, out, monkeypatch):
     model = tiny_model(SamplerConfig("heun", 8))
     with torch.no_grad():
         next(model.score.parameters()).fill_(float("nan"))
-    monkeypatch.setattr("lsgm.models.loading.load", lambda *_: model)  # which refuses such weights
+    monkeypatch.setattr("lsgm.commands.sample.load", lambda *_: model)  # which refuses such weights
     with pytest.raises(NonFiniteError, match=r"Heun: 3 of 3 samples \(100%\) are not finite"):
         draw(tmp_path / "run", tmp_path / "out" / out, n=5, batch_size=3)
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
@@ -145,8 +145,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("trained")
     patch = pytest.MonkeyPatch()
     # Grids and plots take longer than the training.
-    for name in ("runs.evaluate_vae", "data_runs.evaluate_score_model"):
-        patch.setattr(f"lsgm.training.{name}", lambda *_: {"loss": 0.0})
+    for name in ("latent.evaluate_vae", "images.evaluate_score_model"):
+        patch.setattr(f"lsgm.training.runs.{name}", lambda *_: {"loss": 0.0})
     vae = VAETrainConfig(data=DIGITS, vae=VAE, optim_vae=OPTIM, train=TRAIN)
     train_vae(vae, str(root / "vae"))
     lsgm = LSGMTrainConfig(

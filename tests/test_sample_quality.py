@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from state_model import StateModel
 
 from lsgm.config.training import DataConfig
 from lsgm.data import ArrayDataset, Datasets, DataSpec, binarise, fixed_binarisation
@@ -24,7 +25,7 @@ from lsgm.evaluation.quality.scores import (
     real_activations,
     sample_quality,
 )
-from lsgm.sampling.draw import Samples
+from lsgm.models.base import Samples
 from lsgm.sampling.sampler import SolverOptions
 
 NUM, SIZE, PADDING = 300, 6, 1
@@ -68,18 +69,18 @@ def seen(monkeypatch):
     return shown
 
 
-class Model:
+class Model(StateModel):
     """What a report asks of a model."""
 
-    device = torch.device("cpu")
-
     def __init__(self, spec):
+        super().__init__()
         self.spec = spec
 
 
 def score(datasets, draw, cache, sampling=SolverOptions(), **options):  # noqa: B008 - frozen
     def drawn(model, num, sampling):
-        return Samples(draw(num, sampling), sampling.nfe or 10, sampling.solver or "fake")
+        name = sampling.solver or "fake"
+        return Samples(draw(num, sampling), (), sampling.nfe or 10, 0.0, name)
 
     options = {"num": NUM, "cache": str(cache), "subsets": 3, **options}
     return sample_quality(
@@ -241,7 +242,7 @@ def test_a_model_of_grey_images_is_scored_on_grey_images(datasets, seen, tmp_pat
     options = QualityOptions(extractor="classifier", num=NUM, cache=str(tmp_path), subsets=3)
     sample_quality(
         Model(grey), datasets, options, SolverOptions(), DATA,
-        draw=lambda model, num, sampling: Samples(blobs(num, 3), 0, "fake"),
+        draw=lambda model, num, sampling: Samples(blobs(num, 3), (), 0, 0.0, "fake"),
     )  # fmt: skip
     whole = datasets.test.batch(torch.arange(400))
     assert torch.equal(torch.cat(seen[:2]), whole[..., PADDING:-PADDING, PADDING:-PADDING])

@@ -13,15 +13,22 @@ import numpy as np
 import pytest
 import torch
 from oracles import GaussianOracle
+from samplers import chosen_solver
+from state_model import StateModel
 
 from lsgm.commands.sample import SampleOptions
 from lsgm.errors import UserError
-from lsgm.models.base import has_diffusion
-from lsgm.models.images import SamplerDefaults
+from lsgm.models.base import SamplerDefaults
 from lsgm.sampling.draw import draw_samples, iterate_samples
-from lsgm.sampling.sampler import SOLVER_OPTIONS, SolverOptions, choose_solver, solver_arguments
+from lsgm.sampling.sampler import (
+    NOT_ON_COMMAND_LINE,
+    SOLVER_OPTIONS,
+    SolverOptions,
+    solver_arguments,
+)
 from lsgm.sde import VPSDE
 from lsgm.solvers import SOLVERS, make_grid, make_solver
+from lsgm.solvers.options import argument_docs, solver_class, solver_options
 from lsgm.system.npz import write_npz
 from vae.random import RowGenerators, rand, randn
 
@@ -30,27 +37,19 @@ SMALL = {"langevin": {"steps_per_level": 2}}
 every_solver = pytest.mark.parametrize("solver", sorted(SOLVERS))
 
 
-class OracleModel:
+class OracleModel(StateModel):
     """A data-space model of Gaussian images (1, 2, 2) whose noise prediction is exact."""
 
     sde = SDE
     state_shape = (1, 2, 2)
-    device = torch.device("cpu")
+    defaults = SamplerDefaults()
 
     def __init__(self) -> None:
+        super().__init__()
         self.oracle = GaussianOracle(
             SDE, torch.tensor([[[0.5, 0.4], [0.3, 0.6]]]), torch.full((1, 2, 2), 0.01)
         )
         self.score = self.oracle.eps
-
-    def prior_start(self, num, rng, temperature=1.0, solver=None):
-        return temperature * SDE.prior_sample((num, *self.state_shape), rng)
-
-    def sample_finer(self, num, rng, temperature=1.0):
-        return []
-
-    def decode_state(self, state, finer, rng=None):
-        return state
 
 
 def options(solver="heun", **values):
@@ -62,11 +61,29 @@ def test_every_option_of_every_solver_is_on_the_command_line(solver):
     """Except the trajectory, which no file holds, the two that name other solvers, and what belongs
     to a model.
     """
-    hidden = {"keep_trajectory", "backend", "velocity_dtype", "levels", "probability_flow"}
-    hidden |= {"clip", "variance"}
     reachable = {name for names in SOLVER_OPTIONS.values() for name in names}
-    assert set(inspect.signature(SOLVERS[solver]).parameters) <= reachable | hidden
+    arguments = set(inspect.signature(SOLVERS[solver]).parameters)
+    assert arguments <= reachable | NOT_ON_COMMAND_LINE
+    assert reachable.isdisjoint(NOT_ON_COMMAND_LINE)
     assert set(SOLVER_OPTIONS) <= {item.name for item in fields(SolverOptions)}
+    # and says what the solver says of it, as one paragraph
+    for name in arguments:
+        option = solver_options()[name]
+        own = argument_docs(solver_class(solver))[name]
+        assert own and own in option.help and solver in option.solvers
+        assert "``" not in own and "\n" not in own
+
+
+def test_options_are_what_the_solvers_say():
+    order, noise = solver_options()["order"], solver_options()["noise_scale"]
+    assert (order.type, noise.type, solver_options()["norm"].type) == (int, float, str)
+    assert "heun" not in order.solvers and {"unipc", "dpmpp_2m"} <= set(order.solvers)
+    assert noise.help.endswith(
+        "reverse_diffusion: Factor on the predictor's noise (a temperature)."
+    )
+    helps = {item.name: item.metadata.get("help") for item in fields(SolverOptions)}
+    assert helps["order"] == order.help and "float64 or float32" in helps["state_dtype"]
+    assert SOLVER_OPTIONS["tolerance"] == ("rtol", "atol")
 
 
 def test_options_reach_the_solver():
@@ -74,16 +91,16 @@ def test_options_reach_the_solver():
         "predictor": "ancestral", "corrector_steps": 3, "snr": 0.1, "norm": "expected",
         "noise_scale": 0.9, "denoise": True, "state_dtype": "float32",
     }  # fmt: skip
-    solver, times = choose_solver(
+    solver, times = chosen_solver(
         OracleModel(), options("predictor_corrector", nfe=50, grid="karras", t_end=0.01, **values)
     )
     expected = make_solver("predictor_corrector", **(values | {"state_dtype": torch.float32}))
     assert solver == expected
     assert len(times) - 1 == solver.steps_for(50)
     assert (times[0], times[-1]) == (1.0, 0.01)
-    churn = solver_arguments(options("edm_churn", churn=3.0, churn_noise=1.01))
+    churn = solver_arguments("edm_churn", options(churn=3.0, churn_noise=1.01), None)
     assert churn == {"churn": 3.0, "noise": 1.01}
-    adaptive, times = choose_solver(OracleModel(), options("rk45", tolerance=1e-3))
+    adaptive, times = chosen_solver(OracleModel(), options("rk45", tolerance=1e-3))
     assert (adaptive.rtol, adaptive.atol, adaptive.backend) == (1e-3, 1e-3, "scipy")
     assert times.tolist() == [1.0, 1e-3]
 
@@ -92,16 +109,16 @@ def test_alpha_may_be_the_models():
     model = OracleModel()
     asking = options("normal_reference", alpha="model")
     with pytest.raises(UserError, match="no mixing"):
-        choose_solver(model, asking)
+        chosen_solver(model, asking)
 
-    class Score:
-        non_normal = torch.tensor([0.25]).reshape(1, 1, 1, 1)
+    class Mixed(OracleModel):
+        mixing = torch.tensor([0.25]).reshape(1, 1, 1, 1)
 
-    model.score = Score()
-    assert choose_solver(model, asking)[0].alpha == (0.25,)
-    assert choose_solver(model, options("deis", alpha="0.5"))[0].alpha == 0.5
+    model = Mixed()
+    assert chosen_solver(model, asking)[0].alpha == (0.25,)
+    assert chosen_solver(model, options("deis", alpha="0.5"))[0].alpha == 0.5
     with pytest.raises(UserError, match="--alpha: 'half'"):
-        choose_solver(model, options("deis", alpha="half"))
+        chosen_solver(model, options("deis", alpha="half"))
 
 
 @pytest.mark.parametrize(
@@ -125,7 +142,7 @@ def test_alpha_may_be_the_models():
 )
 def test_misfits_say_what_would_be_right(solver, values, message):
     with pytest.raises(UserError, match=message):
-        choose_solver(OracleModel(), options(solver, **values))
+        chosen_solver(OracleModel(), options(solver, **values))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +165,6 @@ def test_wrong_sample_options(values):
 @every_solver
 def test_images_do_not_depend_on_the_batch_size(solver):
     """Of fixed-step solvers, stochastic ones included; adaptive solvers agree to tolerance."""
-    assert has_diffusion(OracleModel())
     drawn = [
         draw_samples(OracleModel(), 7, options(solver, batch_size=size, seed=3)).images
         for size in (7, 3, 1)
@@ -226,13 +242,13 @@ def test_a_pilot_grid_is_nearer_to_the_exact_flow():
     exact = model.oracle.flow(start, 1.0, 1e-3)
     errors = []
     for grid in (None, "pilot"):
-        solver, times = choose_solver(model, options("deis", nfe=5, grid=grid, alpha="1"))
+        solver, times = chosen_solver(model, options("deis", nfe=5, grid=grid, alpha="1"))
         solution = solver.solve(SDE, model.score, start, times)
         assert solution.nfe <= 5
         errors.append((solution.x - exact).square().mean().sqrt().item())
     assert errors[1] < 0.5 * errors[0]
     with pytest.raises(UserError, match="--solver ancestral"):
-        choose_solver(model, options("ancestral", grid="pilot"))
+        chosen_solver(model, options("ancestral", grid="pilot"))
 
 
 def test_a_model_s_own_sampler_is_the_default():
@@ -242,23 +258,23 @@ def test_a_model_s_own_sampler_is_the_default():
         "langevin", 33, "ladder", 0.25, {"steps_per_level": 4, "step_ratio": 0.3, "denoise": True}
     )
     with pytest.raises(UserError, match="ladder"):
-        choose_solver(model, SolverOptions())
+        chosen_solver(model, SolverOptions())
 
     class Ladder:
         times = make_grid("log_snr", SDE, 7, 0.25)
 
     model.ladder = Ladder()
-    solver, times = choose_solver(model, SolverOptions())
+    solver, times = chosen_solver(model, SolverOptions())
     assert torch.equal(times, Ladder.times)
     assert solver == make_solver("langevin", steps_per_level=4, step_ratio=0.3, denoise=True)
     drawn = draw_samples(model, 2, SolverOptions())
     assert (drawn.solver, drawn.nfe) == ("langevin", 33)
     # What is given wins; of what is recommended a named solver takes what it has.
-    named, again = choose_solver(model, SolverOptions(solver="langevin"))
+    named, again = chosen_solver(model, SolverOptions(solver="langevin"))
     assert named == solver and torch.equal(again, times)
-    solver, _ = choose_solver(model, SolverOptions(nfe=16, step_ratio=0.1))
+    solver, _ = chosen_solver(model, SolverOptions(nfe=16, step_ratio=0.1))
     assert (solver.steps_per_level, solver.step_ratio, solver.denoise) == (2, 0.1, True)
-    solver, times = choose_solver(model, SolverOptions(solver="heun"))
+    solver, times = chosen_solver(model, SolverOptions(solver="heun"))
     assert solver == make_solver("heun", denoise=True)
     assert (len(times), times[-1]) == (5, 0.25)  # 8 calls and the closing one
     # The ladder's levels are given: what cannot apply to them is refused, not ignored.
@@ -269,25 +285,25 @@ def test_a_model_s_own_sampler_is_the_default():
         ({"solver": "heun", "grid": "ladder", "nfe": 9}, "--nfe: .*takes 15 evaluations"),
     ):
         with pytest.raises(UserError, match=message):
-            choose_solver(model, SolverOptions(**values))
+            chosen_solver(model, SolverOptions(**values))
 
 
 def test_a_named_solver_takes_what_the_model_recommends_for_it():
     model = OracleModel()
     recommended = {"snr": 0.05, "norm": "batch", "denoise": True}
     model.defaults = SamplerDefaults("predictor_corrector", 40, "phi", 0.01, recommended)
-    own = choose_solver(model, SolverOptions())
-    named = choose_solver(model, SolverOptions(solver="predictor_corrector"))
+    own = chosen_solver(model, SolverOptions())
+    named = chosen_solver(model, SolverOptions(solver="predictor_corrector"))
     assert named[0] == own[0] and torch.equal(named[1], own[1])
     assert (named[0].snr, named[0].norm, named[0].denoise) == (0.05, "batch", True)
-    assert choose_solver(model, options("ancestral"))[0] == make_solver("ancestral", **recommended)
-    assert choose_solver(model, options("dopri5"))[0] == make_solver("dopri5", denoise=True)
-    assert not choose_solver(model, options("dopri5", denoise=False))[0].denoise
+    assert chosen_solver(model, options("ancestral"))[0] == make_solver("ancestral", **recommended)
+    assert chosen_solver(model, options("dopri5"))[0] == make_solver("dopri5", denoise=True)
+    assert not chosen_solver(model, options("dopri5", denoise=False))[0].denoise
 
 
 def test_latents_are_not_denoised_unless_asked():
     model = OracleModel()  # recommends nothing, as an LSGM
-    assert not choose_solver(model, SolverOptions())[0].denoise
+    assert not chosen_solver(model, SolverOptions())[0].denoise
     plain = draw_samples(model, 3, options("heun"))
     closed = draw_samples(model, 3, options("heun", denoise=True))
     assert plain.nfe == 10 and closed.nfe == 9  # four steps and the closing call

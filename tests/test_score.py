@@ -30,7 +30,7 @@ def test_mix_of_normal_component_and_network(sde: LinearSDE) -> None:
         score.mixing_logit.copy_(torch.tensor([-6.0, 0.0, 5.0]).view(1, 3, 1, 1))
     x, t = torch.randn(4, 3, 5, 5), torch.rand(4, dtype=torch.float64)
     a = torch.sigmoid(torch.tensor([-6.0, 0.0, 5.0])).view(1, 3, 1, 1)
-    total = (1 - sde.initial_var) * sde.mean_coef(t) ** 2 + sde.var(t)
+    total = (1 - sde.sigma2_0) * sde.mean_coef(t) ** 2 + sde.var(t)
     normal = (sde.var(t).sqrt() / total).view(-1, 1, 1, 1) * x.double()
     expected = (1 - a) * normal + a * (2 * x + t.float().view(-1, 1, 1, 1))
     torch.testing.assert_close(score(x, t), expected.float(), rtol=1e-5, atol=1e-5)

@@ -172,7 +172,7 @@ def test_gradient_vanishes_at_the_true_score(estimator: str, oracle_kind: str) -
     x0 = oracle.sample(n, 0.0, rng(7))  # smoothed by sigma_min: that is the data here
     theta = torch.zeros(3, 2, dtype=torch.float64, requires_grad=True)
     # data with the kernel of time 0 on top has variance var(t) more, so the oracle is asked later
-    shift = sde.initial_var
+    shift = sde.sigma2_0
 
     def network(x: Tensor, t: Tensor) -> Tensor:
         later = sde.inverse_var(sde.var(t) + shift)

@@ -98,7 +98,7 @@ def test_score_sde_loss_is_the_integral_over_time(kind, weighting, proposal):
     values = torch.tensor(
         [stage.loss(gaussian_data(2000, 100 + i), None, rng(i)).loss.item() / 16 for i in range(8)]
     )
-    t = torch.linspace(model.sde.t_min, 1, 20001, dtype=torch.float64)
+    t = torch.linspace(model.sde.time_eps, 1, 20001, dtype=torch.float64)
     expected = torch.trapezoid(stage.weighting(model.sde, t) * optimal_error(model.sde, t), t)
     assert values.mean().item() == pytest.approx(
         expected.item(), rel=2e-3, abs=4 * values.std().item() / math.sqrt(8)
@@ -112,7 +112,7 @@ def published_ve_loss(model, x, rng, *, reduce_mean):
     sde = model.sde
     eps = torch.randn(x.shape, generator=rng)
     u = torch.rand(len(x), generator=rng, dtype=torch.float64)
-    t = sde.t_min + (1 - sde.t_min) * u
+    t = sde.time_eps + (1 - sde.time_eps) * u
     sigma = sde.var(t).sqrt().float()[:, None, None, None]
     score = -model.score(x + sigma * eps, t.float()) / sigma
     losses = (sigma * score + eps).square().flatten(1)

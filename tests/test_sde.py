@@ -47,13 +47,13 @@ def test_kernel_solves_the_moment_equations(sde: LinearSDE) -> None:
     assert ((derivative(sde.var, t) - var_rate) / scale).abs().max() < 1e-10
     zero = torch.zeros((), dtype=torch.float64)
     assert sde.mean_coef(zero).item() == pytest.approx(1.0, abs=1e-14)
-    assert sde.var(zero).item() == pytest.approx(sde.initial_var, abs=1e-15)
+    assert sde.var(zero).item() == pytest.approx(sde.sigma2_0, abs=1e-15)
 
 
 @all_sdes
 def test_inverse_var_round_trip(sde: LinearSDE) -> None:
     t = times()
-    if sde.initial_var and isinstance(sde, SubVPSDE):
+    if sde.sigma2_0 and isinstance(sde, SubVPSDE):
         # var falls at first, until 1 - exp(-B) = sigma2_0 / 2; of two times the later one is meant
         t = t[-torch.expm1(-sde.beta_integral(t)) >= sde.sigma2_0 / 2]
     torch.testing.assert_close(sde.inverse_var(sde.var(t)), t, rtol=1e-9, atol=1e-12)
@@ -71,7 +71,7 @@ def test_inverse_var_at_the_start_of_a_beta_that_starts_at_zero() -> None:
 def test_complement_and_total_variance(sde: LinearSDE) -> None:
     t = times()
     torch.testing.assert_close(sde.one_minus_var(t), 1 - sde.var(t), rtol=1e-9, atol=1e-12)
-    general = (1 - sde.initial_var) * sde.mean_coef(t).square() + sde.var(t)
+    general = (1 - sde.sigma2_0) * sde.mean_coef(t).square() + sde.var(t)
     torch.testing.assert_close(sde.total_var(t), general, rtol=1e-12, atol=0)
 
 
@@ -112,7 +112,7 @@ def test_normal_component_is_the_best_prediction_for_normal_data(sde: LinearSDE)
     n = 200_000
     for time in (0.02, 0.3, 0.9):
         t = torch.full((n,), time, dtype=torch.float64)
-        z0 = math.sqrt(1 - sde.initial_var) * torch.randn(n, 1, generator=rng, dtype=torch.float64)
+        z0 = math.sqrt(1 - sde.sigma2_0) * torch.randn(n, 1, generator=rng, dtype=torch.float64)
         eps = torch.randn(n, 1, generator=rng, dtype=torch.float64)
         z_t = sde.perturb(z0, t, eps)
         residual = eps - sde.normal_component(z_t, t)
@@ -147,7 +147,7 @@ def test_prior(sde: LinearSDE) -> None:
 def test_cross_entropy_constant_is_the_kernels_entropy(sde: LinearSDE) -> None:
     for cutoff in (None, 1e-5, 0.3):
         var = sde.var(
-            torch.tensor(sde.t_min if cutoff is None else cutoff, dtype=torch.float64)
+            torch.tensor(sde.time_eps if cutoff is None else cutoff, dtype=torch.float64)
         ).item()
         if var > 0:
             entropy = torch.distributions.Normal(0.0, math.sqrt(var)).entropy().item()
@@ -279,7 +279,7 @@ def test_a_kernel_makes_an_sde() -> None:
         found, expected = getattr(own, name)(t), getattr(closed, name)(t)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(own.inverse_var(own.var(t)), t, rtol=1e-9, atol=1e-12)
-    for name in ("t_min", "initial_var", "prior_var"):
+    for name in ("time_eps", "sigma2_0", "prior_var"):
         assert getattr(own, name) == pytest.approx(getattr(closed, name), abs=1e-15)
     assert own.cross_entropy_constant() == closed.cross_entropy_constant()
     single = own.g2(t.float())
@@ -313,5 +313,5 @@ def test_an_own_sde_samples_like_its_closed_form() -> None:
 def test_every_proposal_and_bound_takes_an_own_sde() -> None:
     for name in PROPOSALS:
         sample = make_proposal(name, OwnSDE(), make_weighting("likelihood")).sample(500)
-        assert sample.t.min() >= OwnSDE().t_min and sample.t.max() <= 1
+        assert sample.t.min() >= OwnSDE().time_eps and sample.t.max() <= 1
     assert math.isfinite(NormalControlVariate.of(OwnSDE()).offset)

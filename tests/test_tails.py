@@ -67,7 +67,7 @@ def test_an_evaluation_warns_of_a_heavy_tail_and_has_none_by_default() -> None:
         heavy = nelbo(model, iter([x]), samples=4)
     assert heavy.settings["tail_share"] > HEAVY_TAIL
     # the error of 0.49 in each of two dimensions, weighted by the likelihood, is what is added
-    excess = 2 * 0.49 * integrate(lambda t: likelihood(sde, t), sde.t_min)
+    excess = 2 * 0.49 * integrate(lambda t: likelihood(sde, t), sde.time_eps)
     exact = nelbo(linear_gaussian_lsgm(sde), iter([x]), samples=4).nats.mean + excess
     error = report.nats.standard_error
     assert error is not None

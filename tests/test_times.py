@@ -46,7 +46,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def normal_error(sde: LinearSDE, t: Tensor) -> Tensor:
     """Expected squared error of the optimal prediction: ``1 - var / total_var``."""
-    return (1 - sde.initial_var) * sde.mean_coef(t).square() / sde.total_var(t)
+    return (1 - sde.sigma2_0) * sde.mean_coef(t).square() / sde.total_var(t)
 
 
 @every_combination
@@ -54,12 +54,12 @@ def normal_error(sde: LinearSDE, t: Tensor) -> Tensor:
 def test_inverse_density_is_that_of_the_inverse_cdf(
     name: str, sde: LinearSDE, weighting: Weighting
 ) -> None:
-    """``t(rho)`` rises from t_min to 1 and ``dt / drho = 1 / p(t)``, so the density integrates to
+    """``t(rho)`` rises from time_eps to 1 and ``dt / drho = 1 / p(t)``: the density integrates to
     one.
     """
     proposal = make_proposal(name, sde, weighting)
     ends = proposal.from_uniform(torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)).t
-    assert ends[0].item() == pytest.approx(sde.t_min, abs=1e-12)
+    assert ends[0].item() == pytest.approx(sde.time_eps, abs=1e-12)
     assert ends[1].item() == pytest.approx(1.0, abs=1e-7)
     rho = torch.linspace(0.001, 0.999, 997, dtype=torch.float64, requires_grad=True)
     sample = proposal.from_uniform(rho)
@@ -82,8 +82,8 @@ def test_samples_follow_the_density(name: str, sde: LinearSDE, weighting: Weight
         def density(t: Tensor) -> Tensor:
             return normal_data_density(sde.vpsde, weighting, t)
     elif name == "mixture":
-        normal = integrate(lambda t: normal_data_density(sde, weighting, t), sde.t_min)
-        weight = integrate(lambda t: weighting(sde, t), sde.t_min)
+        normal = integrate(lambda t: normal_data_density(sde, weighting, t), sde.time_eps)
+        weight = integrate(lambda t: weighting(sde, t), sde.time_eps)
 
         def density(t: Tensor) -> Tensor:
             optimum = normal_data_density(sde, weighting, t) / normal
@@ -94,7 +94,7 @@ def test_samples_follow_the_density(name: str, sde: LinearSDE, weighting: Weight
             return normal_data_density(sde, weighting, t)
 
     t = make_proposal(name, sde, weighting).sample(3000, generator()).t.sort().values
-    edges = torch.unique(torch.cat([panels(sde.t_min), t]))
+    edges = torch.unique(torch.cat([panels(sde.time_eps), t]))
     masses = torch.tensor([0.0, *_masses(density, edges)], dtype=torch.float64).cumsum(0)
     cdf = masses[torch.searchsorted(edges, t)] / masses[-1]
     assert kstest(cdf.numpy(), "uniform").pvalue > 1e-4
@@ -117,7 +117,7 @@ def test_estimator_is_unbiased(name: str, sde: LinearSDE, weighting: Weighting) 
     def integrand(t: Tensor) -> Tensor:
         return weighting(sde, t) * normal_error(sde, t) * (1 + 0.4 * torch.sin(9 * t)) * (1.5 - t)
 
-    exact = integrate(integrand, sde.t_min)
+    exact = integrate(integrand, sde.time_eps)
     proposal = make_proposal(name, sde, weighting)
     for stratified in (False, True):
         sample = proposal.sample(20_000, generator(1), stratified=stratified)
@@ -134,7 +134,7 @@ def test_weighted_times_make_every_time_count_alike(sde: str, weighting: str) ->
     """``w(t) / p(t)`` is the integral of the weight, whatever the time."""
     weight = make_weighting(weighting)
     sample = make_proposal("weighted", CASES[sde], weight).sample(2000, generator(1))
-    total = integrate(lambda t: weight(CASES[sde], t), CASES[sde].t_min)
+    total = integrate(lambda t: weight(CASES[sde], t), CASES[sde].time_eps)
     counted = weight(CASES[sde], sample.t) * sample.inverse_density
     assert counted.mean().item() == pytest.approx(total, rel=2e-3)
     assert (counted - total).abs().median() < 2e-3 * total
@@ -146,7 +146,7 @@ def test_optimal_times_leave_no_variance_for_normal_data(
 ) -> None:
     sample = optimal_times(sde, weighting).sample(4000, generator(2))
     terms = normal_data_density(sde, weighting, sample.t) * sample.inverse_density
-    exact = integrate(lambda t: normal_data_density(sde, weighting, t), sde.t_min)
+    exact = integrate(lambda t: normal_data_density(sde, weighting, t), sde.time_eps)
     assert terms.mean().item() == pytest.approx(exact, rel=1e-4)
     assert terms.std().item() / exact < 1e-3
 
@@ -156,13 +156,13 @@ def test_the_mixture_bounds_the_weights(sde: LinearSDE, weighting: Weighting) ->
     """``w / p`` is at most ten times the integral of the weight, at every time; and where it would
     be best to have the optimum alone, 1 / 0.9 times its weight.
     """
-    integral = integrate(lambda t: weighting(sde, t), sde.t_min)
+    integral = integrate(lambda t: weighting(sde, t), sde.time_eps)
     rho = torch.cat([torch.linspace(0, 1, 2001), 1 - torch.logspace(-15, -3, 100)]).double()
     mixture = make_proposal("mixture", sde, weighting).from_uniform(rho.clamp(max=1 - 2**-53))
     weights = weighting(sde, mixture.t) * mixture.inverse_density
     assert weights.isfinite().all()
     assert weights.max() <= 1.001 * integral / DEFENSIVE_SHARE
-    normal = integrate(lambda t: normal_data_density(sde, weighting, t), sde.t_min)
+    normal = integrate(lambda t: normal_data_density(sde, weighting, t), sde.time_eps)
     values = normal_data_density(sde, weighting, mixture.t) * mixture.inverse_density
     assert values.max() <= 1.001 * normal / (1 - DEFENSIVE_SHARE)
 
@@ -174,7 +174,7 @@ def test_an_error_that_stays_at_the_end_has_a_heavy_tail_without_the_mixture(nam
     The mixture's are on both sides, with less variance.
     """
     sde, w = CASES[name], make_weighting("likelihood")
-    exact = integrate(lambda t: w(sde, t), sde.t_min)
+    exact = integrate(lambda t: w(sde, t), sde.time_eps)
     means, shares = {}, {}
     for proposal in ("importance", "mixture"):
         times = make_proposal(proposal, sde, w).sample(500 * 200, generator(8))
@@ -230,7 +230,7 @@ def _losses(
 def test_importance_agrees_with_uniform_and_has_less_variance(
     sde: LinearSDE, weighting: Weighting
 ) -> None:
-    uniform = _losses(sde, weighting, UniformTimes(sde.t_min))
+    uniform = _losses(sde, weighting, UniformTimes(sde.time_eps))
     importance = _losses(sde, weighting, importance_times(sde, weighting))
     difference = uniform.mean() - importance.mean()
     assert abs(difference) < 4.5 * ((uniform.var() + importance.var()) / len(uniform)).sqrt()
@@ -245,7 +245,7 @@ def test_likelihood_importance_sampling_pays_for_the_vpsde() -> None:
     likelihood.
     """
     sde, weighting = VPSDE(time_eps=1e-5), make_weighting("likelihood")
-    uniform = _losses(sde, weighting, UniformTimes(sde.t_min))
+    uniform = _losses(sde, weighting, UniformTimes(sde.time_eps))
     importance = _losses(sde, weighting, importance_times(sde, weighting))
     ratio = importance.var() / uniform.var()
     print(f"variance ratio {ratio:.2e}")

@@ -339,7 +339,7 @@ def test_an_inactive_group_costs_what_it_costs_under_n01() -> None:
             control_variate=NormalControlVariate.of(sde),
         ).elements  # fmt: skip
 
-    low, high = sde.var(torch.tensor([sde.t_min, 1.0], dtype=torch.float64)).tolist()
+    low, high = sde.var(torch.tensor([sde.time_eps, 1.0], dtype=torch.float64)).tolist()
     # int g2 / (2 v) E (sqrt(v) z_t - eps)^2 dt + (1 + ln 2 pi v_low) / 2, by dv = g2 (1 - v) dt;
     # it becomes -ln N(z; 0, 1) as v_low -> 0 and v_high -> 1
     exact = (high - low) / 2 * z0.square() + (math.log(2 * math.pi * high) + 1 - high + low) / 2
@@ -370,7 +370,7 @@ def test_inactive_channels_give_the_encoder_the_gradient_of_n01(in_float64: None
         rng=torch.Generator().manual_seed(0),
     )
     (gradient,) = torch.autograd.grad(losses.surrogate, z0)
-    low, high = score.sde.var(torch.tensor([score.sde.t_min, 1.0], dtype=torch.float64)).tolist()
+    low, high = score.sde.var(torch.tensor([score.sde.time_eps, 1.0], dtype=torch.float64)).tolist()
     exact = 0.6 * (high - low) * z0.detach() / len(z0)
     torch.testing.assert_close(gradient[:, off], exact[:, off], rtol=0, atol=1e-5)
     assert (gradient[:, ~off] - exact[:, ~off]).abs().max() > 1e-3
@@ -420,7 +420,7 @@ def test_an_unmixed_prior_learns_and_generates_its_data(kind: str) -> None:
     assert score.network.mean.item() == pytest.approx(1.5, abs=0.05)
     assert score.network.log_scale.exp().item() == pytest.approx(0.5, abs=0.05)
     start = sde.prior_sample((8, 1, 1, 1), rng)
-    ends = torch.tensor([1.0, sde.t_min], dtype=torch.float64)
+    ends = torch.tensor([1.0, sde.time_eps], dtype=torch.float64)
     with torch.no_grad():
         end = AdaptiveODE(rtol=1e-6, atol=1e-6).solve(sde, score, start, ends).x
     mean = 1.5 * sde.mean_coef(ends)

@@ -80,7 +80,7 @@ def test_mixture_network_is_the_exact_prediction(sde: LinearSDE) -> None:
     oracle = MixtureOracle.ring(sde, (2, 1, 2), components=5)
     network = MixtureNetwork(sde, oracle.means, oracle.std).double()
     rng = torch.Generator().manual_seed(2)
-    t = sde.t_min + (1 - sde.t_min) * torch.rand(50, generator=rng, dtype=torch.float64)
+    t = sde.time_eps + (1 - sde.time_eps) * torch.rand(50, generator=rng, dtype=torch.float64)
     x = 2 * torch.randn(50, 2, 1, 2, generator=rng, dtype=torch.float64)
     torch.testing.assert_close(network(x, t), oracle.eps(x, t), rtol=1e-6, atol=1e-6)
 

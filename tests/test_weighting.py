@@ -13,7 +13,7 @@ from lsgm.weighting import WEIGHTINGS, make_weighting
 
 @all_sdes
 def test_weights_are_positive_and_related(sde: LinearSDE) -> None:
-    t = torch.linspace(max(sde.t_min, 1e-3), 1, 100, dtype=torch.float64)
+    t = torch.linspace(max(sde.time_eps, 1e-3), 1, 100, dtype=torch.float64)
     likelihood = make_weighting("likelihood")(sde, t)
     reweighted = make_weighting("reweighted")(sde, t)
     torch.testing.assert_close(reweighted, likelihood * sde.var(t))
@@ -45,7 +45,7 @@ def test_cross_entropy_of_a_gaussian_is_exact(sde: LinearSDE, data_var: float) -
     divergence that is left at t = 1 add up to the entropy of the marginal at the cutoff.
     """
     weighting = make_weighting("likelihood")
-    cutoff = max(sde.t_min, 1e-3)
+    cutoff = max(sde.time_eps, 1e-3)
 
     def marginal(t: torch.Tensor) -> torch.Tensor:
         return data_var * sde.mean_coef(t).square() + sde.var(t)

@@ -108,8 +108,11 @@ def matrix_peak(device: torch.device, precision: str, repeats: int = 5) -> float
 class TimeShare:
     """Share of the time of a step.
 
-    ``kind``: kind of operation; ``share``: of all time spent in operators, in [0, 1]; ``calls``:
-    operator calls; ``slowest``: the operators of this kind that take the most, with their shares.
+    Attributes:
+        kind: Kind of operation.
+        share: Of all time spent in operators, in [0, 1].
+        calls: Operator calls.
+        slowest: The operators of this kind that take the most, with their shares.
     """
 
     kind: str

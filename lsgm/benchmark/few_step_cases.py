@@ -16,7 +16,6 @@ from lsgm.data.spec import ImageDataset
 from lsgm.errors import UserError
 from lsgm.evaluation.quality.distances import frechet_distance, nearest_neighbours
 from lsgm.evaluation.quality.features import FeatureExtractor, make_extractor
-from lsgm.models.base import has_diffusion
 from lsgm.models.loading import load
 from lsgm.models.release import load_data_config
 from lsgm.sde import VPSDE, LinearSDE
@@ -158,8 +157,8 @@ def run_case(
     Raises:
         UserError: The run has no score, its data are missing, or there is no such extractor.
     """
-    model = load(folder, device)
-    if not has_diffusion(model):
+    model = load(folder, device).diffusion
+    if model is None:
         raise UserError(f"{folder}: has no score-based prior, which few-step samplers need")
     zero = torch.zeros((), device=model.device)
     finer = model.sample_finer(samples, torch.Generator().manual_seed(FINER_SEED))
@@ -168,7 +167,7 @@ def run_case(
     def pixels(state: Tensor) -> Tensor:
         state = state.to(zero)
         parts = [
-            model.decode_state(state[i], [part[i] for part in finer])
+            model.decode([state[i], *(part[i] for part in finer)])
             for i in torch.arange(len(state)).split(64)
         ]
         return torch.cat(parts).cpu()
@@ -177,14 +176,12 @@ def run_case(
     network = None
     if extractor != "none":
         network = make_extractor(extractor, datasets, device=device)
-    padding = datasets.spec.padding
 
     def images(dataset: ImageDataset) -> Tensor:
-        found = dataset.batch(random_subset(len(dataset), QUALITY_IMAGES))
-        return found[..., padding : found.shape[-2] - padding, padding : found.shape[-1] - padding]
+        return datasets.spec.unpad(dataset.batch(random_subset(len(dataset), QUALITY_IMAGES)))
 
     shape = tuple(model.state_shape)
-    mixing = getattr(model.score, "non_normal", None)
+    mixing = model.mixing
     return Case(
         f"{folder.name}, states of {'x'.join(map(str, shape))}",
         model.sde,

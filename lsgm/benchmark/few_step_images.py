@@ -27,10 +27,11 @@ from lsgm.data import build_datasets
 from lsgm.errors import UserError
 from lsgm.models.images import DataSGM
 from lsgm.models.loading import load
-from lsgm.sampling.sampler import few_step_grid
 from lsgm.sde import VESDE, LinearSDE, make_sde
 from lsgm.solvers import Solver, make_grid, make_solver
+from lsgm.solvers.sampler import few_step_grid
 from lsgm.system.files import atomic_write_text
+from lsgm.system.markdown import markdown_table
 
 __all__ = ["FewStepImagesOptions", "ImageMixture", "few_step_images_command", "measure_images"]
 
@@ -147,7 +148,8 @@ def _run_case(folder: Path, options: FewStepImagesOptions) -> tuple[Case, Solver
         raise UserError(f"{folder}: is no score model of images")
     last = torch.tensor([model.defaults.t_end], dtype=torch.float64)
     t_end = model.defaults.t_end if model.sde.var(last).item() > 0 else SMALLEST_TIME
-    solver, times = model.default_solver()
+    sampler = model.default_sampler()
+    solver, times = sampler.method, sampler.times_for(model.sde)
     zero = torch.zeros(())
 
     def eps(x: Tensor, t: Tensor) -> Tensor:
@@ -220,7 +222,7 @@ def measure_images(
     kind = "VE" if isinstance(case.sde, VESDE) else type(case.sde).__name__.removesuffix("SDE")
     header = ["sampler", "grid", *(f"error at {n}" for n in options.nfe)]
     header += [f"energy at {n}" for n in options.nfe]
-    lines = [header, ["---"] * len(header)]
+    lines = []
     for row in rows:
         cells = [row.values.get(n, (None, math.nan)) for n in options.nfe]
         errors = ["" if error is None else f"{error:.1e}" for error, _ in cells]
@@ -230,7 +232,7 @@ def measure_images(
         row = _published(bench, *published)
         ((nfe, (_, energy)),) = row.values.items()
         said += f" Published sampler: {nfe} evaluations, energy distance {energy:.3g}."
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = markdown_table(header, lines)
     shape = " x ".join(map(str, case.start.shape[1:]))
     return f"## {case.name}\n\n{kind}, images of {shape}. {said}\n\n{table}\n"
 

@@ -48,9 +48,14 @@ cross-entropy with respect to the latents, and with respect to the encoder's par
 class GradientNoise:
     """Moments of a random vector from independent draws.
 
-    ``variance``: trace of its covariance; ``signal``: squared norm of its mean. Both are unbiased
-    (the signal can be negative) and have jackknife standard errors; that of a signal far below the
-    noise is up to the square root of two too large.
+    Both are unbiased (the signal can be negative) and have jackknife standard errors; that of a
+    signal far below the noise is up to the square root of two too large.
+
+    Attributes:
+        variance: Trace of the covariance.
+        variance_error: Its standard error.
+        signal: Squared norm of the mean.
+        signal_error: Its standard error.
     """
 
     variance: float
@@ -184,11 +189,22 @@ def _flat(parts: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class NoiseRow:
-    """Variance of one estimator of one side.
+    """Variance of one estimator of one gradient.
 
-    ``relative``: variance over the squared norm of the mean, and its standard error; None where
-    that norm does not stand out of its own error. ``ratio``: variance over that with uniform,
-    independent times and no control variate.
+    Attributes:
+        sde: Name of the SDE.
+        state: Of the score: trained, at the start of training, or exact for made-up latents.
+        side: What is differentiated, one of :data:`SIDES`.
+        weighting: Of the prior's loss.
+        proposal: Times by name.
+        stratified: Whether the times of a batch are spread evenly.
+        control_variate: Whether the control variate was used.
+        variance: Trace of the covariance; ``variance_error`` is its standard error.
+        relative: Variance over the squared norm of the mean; None where that norm does not stand
+            out of its own error. ``relative_error`` is its standard error.
+        ratio: Variance over that with uniform, independent times and no control variate;
+            ``ratio_error`` is its standard error.
+        repeats: Draws of noise and times.
     """
 
     sde: str

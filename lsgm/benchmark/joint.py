@@ -188,9 +188,12 @@ def _memory_job(vae: VAETrainConfig, config: LSGMTrainConfig, name: str) -> tupl
 class JointCost:
     """What the steps cost.
 
-    ``rounds``: seconds by the clock, ``(repeats, steps)`` in the order of ``NAMES``;
-    ``cpu_rounds``: the same of the process's CPU, which other work on the machine changes less;
-    ``memory``: peak of each step beyond the weights, MiB; ``parameters``: trained by each.
+    Attributes:
+        batch_size: Images.
+        rounds: Seconds by the clock, ``(repeats, steps)`` in the order of ``NAMES``.
+        cpu_rounds: The same of the process's CPU, which other work on the machine changes less.
+        memory: Peak of each step beyond the weights, MiB.
+        parameters: Number that each trains.
     """
 
     batch_size: int

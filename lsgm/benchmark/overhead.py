@@ -24,8 +24,11 @@ STEPS, REPEATS = 10, 15
 class Overhead:
     """Smallest of several solves of ``STEPS`` steps: what other processes do not add to.
 
-    ``solver_ms``: everything but the network, a step; ``network_ms``: the network, a call (0 where
-    there is none).
+    Attributes:
+        solver: Its name.
+        batch: Shape of the state.
+        solver_ms: Everything but the network, milliseconds per step.
+        network_ms: The network, milliseconds per call; 0 where there is none.
     """
 
     solver: str

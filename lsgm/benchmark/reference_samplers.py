@@ -46,7 +46,13 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class ReferenceSolution:
-    """``x (B, *shape)`` at time ``t_end``; ``nfe``: network calls on a batch."""
+    """The end of a solve by diffusers.
+
+    Attributes:
+        x: The state, ``(B, *shape)``.
+        nfe: Network calls on a batch.
+        t_end: The time of ``x``.
+    """
 
     x: Tensor
     nfe: int

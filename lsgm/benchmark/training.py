@@ -53,8 +53,14 @@ WARMUP_STEPS = 2
 class StepCost:
     """Cost of one optimizer step.
 
-    ``seconds``: median; ``images_per_second``: batch size over it; ``peak_memory``: MiB that
-    tensors take beyond weights and data; ``repeats``: number of timed steps.
+    Attributes:
+        name: What the step is of.
+        batch_size: Images.
+        parameters: Number of them.
+        seconds: Median.
+        images_per_second: Batch size over it.
+        peak_memory: MiB that tensors take beyond weights and data.
+        repeats: Number of timed steps.
     """
 
     name: str

@@ -32,9 +32,16 @@ BATCH_OPTION = Option("batch", "images a step; default: the configuration's", "N
 class VAECost:
     """Cost of a step, and what it is made of.
 
-    ``flops``: floating-point operations of a step in convolutions and matrix products, forward and
-    backward; ``peak_flops``: operations a second that a large matrix product reaches in the same
-    precision on the same machine, with as many CPU ``threads``; ``shares``: where the time goes.
+    Attributes:
+        step: Its time and memory.
+        device: Where it ran.
+        threads: CPU threads.
+        precision: Of the network.
+        flops: Floating-point operations of a step in convolutions and matrix products, forward and
+            backward.
+        peak_flops: Operations per second that a large matrix product reaches in the same precision
+            on the same machine, with as many threads.
+        shares: Where the time goes.
     """
 
     step: StepCost

@@ -10,17 +10,16 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from lsgm.commands.subcommands import choose_subcommand
 from lsgm.config.checks import require_at_most
 from lsgm.config.command_line import parse_command_line
-from lsgm.data import build_datasets, preprocess
+from lsgm.data import build_datasets
 from lsgm.data.images import read_image
 from lsgm.errors import UserError
-from lsgm.models.base import has_diffusion
-from lsgm.models.latent import VAEModel
-from lsgm.models.loading import load, require_run
+from lsgm.models.base import DiffusionModel
+from lsgm.models.classifier import ImageClassifier
+from lsgm.models.loading import load, load_classifier, require_run
 from lsgm.models.release import load_data_config
 from lsgm.sampling.codes import (
     Closure,
@@ -34,7 +33,7 @@ from lsgm.sampling.codes import (
 )
 from lsgm.sampling.editing import class_conditional, colourise, inpaint
 from lsgm.sampling.masks import make_mask
-from lsgm.sampling.sampler import MAX_COUNT, SolverOptions, choose_solver
+from lsgm.sampling.sampler import MAX_COUNT, Sampler, SolverOptions, build_sampler
 from lsgm.solvers import Callback, Solver, make_solver
 from lsgm.system.device import choose_device
 from lsgm.system.files import check_output
@@ -156,14 +155,14 @@ BATCHED_NFE = 50
 
 
 # Commands
-def _open(options: EditOptions) -> Any:
-    model = load(require_run(options.run), choose_device(options.device))
-    if not has_diffusion(model):
+def _open(options: EditOptions) -> DiffusionModel:
+    model = load(require_run(options.run), choose_device(options.device)).diffusion
+    if model is None:
         raise UserError(f"--run: {options.run} has no score model; give an LSGM or a score model")
     return model
 
 
-def _inputs(model: Any, options: EditOptions) -> tuple[Tensor, Tensor]:
+def _inputs(model: DiffusionModel, options: EditOptions) -> tuple[Tensor, Tensor]:
     """The images to start from: as the model takes them, ``(B, C, R, R)`` in [-1, 1], and in [0, 1]
     without padding. The run's data are read for ``index`` alone.
     """
@@ -172,7 +171,7 @@ def _inputs(model: Any, options: EditOptions) -> tuple[Tensor, Tensor]:
         if missing := [name for name in options.files if not Path(name).is_file()]:
             raise UserError(f"--files: {missing[0]}: no such file")
         read = [read_image(Path(f), spec.image_size, spec.channels) for f in options.files]
-        images = pad(torch.stack(read).float() / 255, (spec.padding,) * 4)
+        images = torch.stack(read).float() / 255
     else:
         datasets = build_datasets(load_data_config(require_run(options.run), options.data_root))
         print(datasets.summary(), flush=True)
@@ -182,40 +181,30 @@ def _inputs(model: Any, options: EditOptions) -> tuple[Tensor, Tensor]:
                 f"--index: {bad[0]}: the test split has the images 0 to {len(test) - 1}"
             )
         images = test.batch(torch.tensor(options.index))
-    bits = model.vae_config.num_x_bits if isinstance(model, VAEModel) else 8
-    x = preprocess(images, spec, bits, torch.Generator().manual_seed(options.seed))
-    p = spec.padding
-    shown = ((x + 1) / 2)[..., p : x.shape[-2] - p, p : x.shape[-1] - p]
-    return x.to(model.device), shown
+    x = model.preprocess(images, torch.Generator().manual_seed(options.seed))
+    return x, model.unpad((x.cpu() + 1) / 2)
 
 
-def _conditional_sampler(model: Any, options: EditOptions) -> tuple[Solver, Tensor]:
+def _conditional_sampler(model: DiffusionModel, options: EditOptions) -> Sampler:
     """Unless named, a sampler that draws noise, which inpainting needs: the model's own if it is
     one, else predictor and corrector.
     """
-    own = getattr(model, "defaults", None)
-    draws_noise = (
-        own is not None and make_solver(own.solver, **own.options_of(own.solver)).stochastic
-    )
+    own = model.defaults
+    draws_noise = make_solver(own.solver, **own.options_of(own.solver)).stochastic
     if options.solver is None and not draws_noise:
-        options = replace(
-            options,
-            solver=CONDITIONAL_SOLVER,
-            nfe=options.nfe or CONDITIONAL_NFE,
-            corrector_steps=options.corrector_steps or 3,
-        )
-    return choose_solver(model, options)
+        steps: dict[str, Any] = {"corrector_steps": options.corrector_steps or 3}
+        nfe = options.nfe or CONDITIONAL_NFE
+        options = replace(options, solver=CONDITIONAL_SOLVER, nfe=nfe, **steps)
+    return build_sampler(model, options)
 
 
-def _flow(model: Any, options: EditOptions) -> tuple[Solver, Tensor]:
-    """A deterministic sampler."""
-    solver, times = choose_solver(
-        model,
-        # A flow is run both ways: its last time is where an image is encoded.
-        replace(
-            options, solver=options.solver or DETERMINISTIC_SOLVER, denoise=bool(options.denoise)
-        ),
-    )
+def _flow(model: DiffusionModel, options: EditOptions) -> tuple[Solver, Tensor]:
+    """A deterministic solver and its times."""
+    # A flow is run both ways: its last time is where an image is encoded.
+    closing: dict[str, Any] = {"denoise": bool(options.denoise)}
+    chosen = replace(options, solver=options.solver or DETERMINISTIC_SOLVER, **closing)
+    sampler = build_sampler(model, chosen)
+    solver, times = sampler.method, sampler.times_for(model.sde)
     if solver.stochastic:
         raise UserError(f"--solver: {options.solver} draws noise; the flow needs one that does not")
     return solver, times
@@ -273,53 +262,48 @@ def _inpaint(options: InpaintOptions) -> None:
     model = _open(options)
     x, shown = _inputs(model, options)
     known = make_mask(options.mask, shown.shape[-1], options.seed)
-    solver, times = _conditional_sampler(model, options)
+    sampler = _conditional_sampler(model, options)
 
     def draw(part: Tensor, rng: RowGenerators) -> Tensor:
-        padding = model.spec.padding
-        return inpaint(model, part, known, padding, solver, times, rng, options.temperature)
+        return inpaint(model, part, known, sampler, rng)
 
     _write_samples([shown, torch.where(known, shown, 0.5)], x, draw, options)
 
 
 def _colourise(options: EditOptions) -> None:
     model = _open(options)
-    if isinstance(model, VAEModel) or model.state_shape[0] != 3:
+    if model.has_latents or model.state_shape[0] != 3:
         raise UserError("--run: colourising needs a model of colour images in data space")
     x, shown = _inputs(model, options)
-    solver, times = _conditional_sampler(model, options)
+    sampler = _conditional_sampler(model, options)
     grey = shown.mean(1, keepdim=True).expand_as(shown)
 
     def draw(part: Tensor, rng: RowGenerators) -> Tensor:
-        return colourise(model, part, solver, times, rng, options.temperature)
+        return colourise(model, part, sampler, rng)
 
     _write_samples([shown, grey], x, draw, options)
 
 
-def _classifier(path: str | None, option: str, model: Any) -> Any:
+def _classifier(path: str | None, option: str, model: DiffusionModel) -> ImageClassifier | None:
     """The classifier of a run, or None without one."""
-    if path is None:
-        return None
-    classifier = load(path, model.device)
-    if not hasattr(classifier, "guide"):
-        raise UserError(f"--{option}: {path} is not a classifier")
-    return classifier
+    try:
+        return None if path is None else load_classifier(path, model.device)
+    except UserError as error:
+        raise UserError(f"--{option}: {error}") from error
 
 
 def _class_conditional(options: ClassOptions) -> None:
     model = _open(options)
-    if not hasattr(model, "eps_fn"):
+    if model.has_latents:
         raise UserError("--run: an LSGM knows no classes; give a score model in data space")
     classifier = _classifier(options.classifier, "classifier", model)
     judge = _classifier(options.judge, "judge", model)
-    solver, times = choose_solver(model, options)
+    sampler = build_sampler(model, options)
     labels = torch.tensor(options.labels, device=model.device)
     right = []
 
     def draw(part: Tensor, rng: RowGenerators) -> Tensor:
-        images = class_conditional(
-            model, part, options.guidance, solver, times, rng, options.temperature, classifier
-        )
+        images = class_conditional(model, part, options.guidance, sampler, rng, classifier)
         if judge is not None:
             with torch.no_grad():
                 right.append(judge(images.to(judge.device)).argmax(1) == part)
@@ -370,7 +354,8 @@ def _reconstruct(options: EditOptions) -> None:
     @torch.no_grad()
     def there_and_back(part: Tensor, callback: Callback) -> tuple[Tensor, Closure]:
         closure = close_round_trip(model, x[part], solver, times, callback)
-        images = [model.decode_state(s, closure.finer) for s in (closure.state, closure.back)]
+        states = (closure.state, closure.back)
+        images = [model.decode([state, *closure.finer]) for state in states]
         return torch.stack(images, dim=1).cpu(), closure
 
     found = _in_batches("reconstructing", len(x), solver, times, options, there_and_back, 2)
@@ -387,24 +372,22 @@ def _reconstruct(options: EditOptions) -> None:
 
 def _resample(options: ResampleOptions) -> None:
     model = _open(options)
-    if not hasattr(model, "state_groups"):
+    if not model.state_groups:
         raise UserError("--run: a model of images has no latent groups; give an LSGM")
     x, shown = _inputs(model, options)
-    solver, times = _conditional_sampler(model, options)
+    sampler = _conditional_sampler(model, options)
 
     @torch.no_grad()
     def draw(part: Tensor, rng: RowGenerators) -> Tensor:
-        state, finer = model.encode_state(part, mean=True)
+        state, *finer = model.encode(part, mean=True)
         try:
-            changed = resample_groups(
-                model, state, finer, options.keep, solver, times, rng, options.temperature
-            )
+            state, finer = resample_groups(model, state, finer, options.keep, sampler, rng)
         except ValueError as error:
             raise UserError(f"--keep: {error}") from error
-        return model.decode_state(*changed)
+        return model.decode([state, *finer])
 
     with torch.no_grad():
-        direct = model.decode_state(*model.encode_state(x, mean=True)).cpu()
+        direct = model.decode(model.encode(x, mean=True)).cpu()
     _write_samples([shown, direct], x, draw, options)
 
 

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from lsgm.config.command_line import parse_command_line
 from lsgm.errors import UserError
-from lsgm.models.base import has_diffusion
-from lsgm.models.latent import VAEModel
+from lsgm.models.base import Batch
 from lsgm.models.loading import load, require_run
-from lsgm.sampling.draw import Batch, iterate_samples, solver_name
+from lsgm.sampling.draw import iterate_samples, solver_name
 from lsgm.sampling.sampler import SolverOptions, given_solver_options
 from lsgm.solvers import Progress
 from lsgm.system.device import choose_device
@@ -118,9 +117,9 @@ def sample_to_file(options: SampleOptions) -> None:
         model = load(run, device)
     else:
         model = load_checkpoint(run, options.checkpoint, device)
-    if options.latents and not isinstance(model, VAEModel):
+    if options.latents and not model.has_latents:
         raise UserError("--latents: this run is a model of images and has no latents")
-    if not has_diffusion(model) and (idle := given_solver_options(options)):
+    if model.diffusion is None and (idle := given_solver_options(options)):
         raise UserError(f"--{idle[0]}: {run} is a VAE under N(0, I), which no solver samples")
     out = Path(options.out)
     start = time.perf_counter()

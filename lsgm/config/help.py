@@ -69,8 +69,8 @@ def _add(group: Any, name: str, metavar: str, text: str) -> None:
 
 
 def field_docs(config_class: type, prefix: str = "") -> dict[str, str]:
-    """Return what the source says below each field of a schema, by dotted key, sections too; ""
-    where it says nothing.
+    """Return what the field's metadata (``help``) or the source below it says of each field of a
+    schema, by dotted key, sections too; "" where nothing is said.
     """
     hints = typing.get_type_hints(config_class)
     own: dict[str, str] = {}
@@ -78,7 +78,7 @@ def field_docs(config_class: type, prefix: str = "") -> dict[str, str]:
         own |= _docs_of_class(base) if dataclasses.is_dataclass(base) else {}
     docs: dict[str, str] = {}
     for item in dataclasses.fields(config_class):
-        docs[f"{prefix}{item.name}"] = own.get(item.name, "")
+        docs[f"{prefix}{item.name}"] = item.metadata.get("help") or own.get(item.name, "")
         if (section := section_class(hints[item.name])) is not None:
             docs |= field_docs(section, f"{prefix}{item.name}.")
     return docs
@@ -87,7 +87,11 @@ def field_docs(config_class: type, prefix: str = "") -> dict[str, str]:
 @cache
 def _docs_of_class(config_class: type) -> dict[str, str]:
     """The string below each annotated name in the body of a class."""
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body
+    try:
+        source = inspect.getsource(config_class)
+    except (OSError, TypeError):  # made at run time
+        return {}
+    (definition,) = ast.parse(textwrap.dedent(source)).body
     assert isinstance(definition, ast.ClassDef)
     docs: dict[str, str] = {}
     for field, below in zip(definition.body, definition.body[1:], strict=False):

@@ -60,32 +60,17 @@ class Pixels:
 
     def augment(self, images: Tensor, rng: Rng = None) -> Tensor:
         """Cut off the padding and apply the dataset's augmentation: ``(B, C, H, W)`` in [0, 1]."""
-        images = self.crop(images)
+        images = self.spec.unpad(images)
         if self.spec.affine:
             images = random_affine(images, 0, rng, self.spec.affine_padding)
         return random_flip(images, rng) if self.spec.flip else images
-
-    def crop(self, images: Tensor) -> Tensor:
-        """Cut the padding, if there is any, off images ``(B, C, R, R)``: ``(B, C, H, W)``.
-
-        Raises:
-            ValueError: They are of another size than those of the dataset, with or without padding.
-        """
-        size, margin = self.spec.image_size, images.shape[-1] - self.spec.image_size
-        if margin < 0 or margin % 2 or images.shape[1:3] != (self.spec.channels, size + margin):
-            raise ValueError(
-                f"expected images (B, {self.spec.channels}, {size}, {size}), with or without "
-                f"padding, not {tuple(images.shape)}"
-            )
-        p = margin // 2
-        return images[..., p : p + size, p : p + size]
 
     def to_network(self, images: Tensor, rng: Rng = None, *, noise: bool = False) -> Tensor:
         """Images ``(B, C, R, R)`` in [0, 1], padded or not, to ``y (B, C, H, W)``.
 
         ``noise``: draw ``u`` from ``rng``; otherwise ``u = 1/2``, its mean.
         """
-        x = self.crop(images)
+        x = self.spec.unpad(images)
         if self.dequantise:
             u = rand(x.shape, rng, device=x.device, dtype=x.dtype) if noise else 0.5
             x = (255.0 * x + u) / 256.0

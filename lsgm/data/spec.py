@@ -73,6 +73,21 @@ class DataSpec:
         """Side R of the padded image in pixels."""
         return self.image_size + 2 * self.padding
 
+    def unpad(self, images: Tensor) -> Tensor:
+        """Cut the padding, if there is any, off images ``(..., C, R, R)``: ``(..., C, H, W)``.
+
+        Raises:
+            ValueError: They are of another size than those of the dataset, with or without padding.
+        """
+        size, margin = self.image_size, images.shape[-1] - self.image_size
+        if margin < 0 or margin % 2 or images.shape[-3:-1] != (self.channels, size + margin):
+            raise ValueError(
+                f"expected images (B, {self.channels}, {size}, {size}), with or without "
+                f"padding, not {tuple(images.shape)}"
+            )
+        p = margin // 2
+        return images[..., p : p + size, p : p + size]
+
     @property
     def num_dims(self) -> int:
         """Number of values per image that the likelihood counts (padding excluded), for

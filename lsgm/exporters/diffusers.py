@@ -157,7 +157,7 @@ def _exploding_state(model: DataSGM, state: dict[str, Tensor]) -> dict[str, Tens
 def _exploding_scheduler(model: DataSGM) -> dict[str, Any]:
     assert isinstance(model.sde, VESDE)
     unit = 2.0 if model.pixels.symmetric else 1.0
-    given = model.sampler
+    given = model.sampler_config
     steps = 1 if given.corrector_steps is None else given.corrector_steps
     published = given.solver in ("discrete_pc", "predictor_corrector") and given.nfe
     return {
@@ -200,11 +200,11 @@ def _chain_scheduler(model: DataSGM) -> dict[str, Any]:
         "beta_end": model.sde.beta_end / levels,
         "beta_schedule": "linear",
         "beta_start": model.sde.beta_start / levels,
-        "clip_sample": model.sampler.clip,
+        "clip_sample": model.sampler_config.clip,
         "num_train_timesteps": levels,
         "prediction_type": "epsilon",
         "timestep_spacing": "leading",
-        "variance_type": f"fixed_{model.sampler.variance}",
+        "variance_type": f"fixed_{model.sampler_config.variance}",
     }
 
 

@@ -38,8 +38,6 @@ __all__ = [
 Format = Literal["ncsn", "ncsnv2"]
 PREFIX = "module."
 LADDER = "sigmas"
-FIRST_LADDER = (1.0, 0.01)
-"""NCSN's published noise, which its files do not hold."""
 
 
 @dataclass(frozen=True)

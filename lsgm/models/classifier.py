@@ -13,7 +13,8 @@ from lsgm.config.architecture import ClassifierConfig, ScoreModelConfig
 from lsgm.data.pixels import Pixels
 from lsgm.data.spec import DataSpec
 from lsgm.errors import UserError
-from lsgm.models.images import DataSGM, build_sde
+from lsgm.models.base import DiffusionModel
+from lsgm.models.images import build_sde
 from lsgm.models.release import section
 from lsgm.networks.classifier import Classifier
 from lsgm.sde import LinearSDE
@@ -82,10 +83,12 @@ class ImageClassifier(nn.Module):
         x = self.pixels.to_network(images)
         if not self.config.noise_conditional:
             return self.network(x)
-        start = torch.full((len(x),), self.sde.t_min, dtype=x.dtype, device=x.device)
+        start = torch.full((len(x),), self.sde.time_eps, dtype=x.dtype, device=x.device)
         return self.network(x, start)
 
-    def guide(self, model: DataSGM, labels: Tensor, scale: float = 1.0) -> ClassifierGuidance:
+    def guide(
+        self, model: DiffusionModel, labels: Tensor, scale: float = 1.0
+    ) -> ClassifierGuidance:
         """The hook that steers a sampler of ``model`` to the classes ``labels (B,)``.
 
         Raises:
@@ -96,10 +99,10 @@ class ImageClassifier(nn.Module):
             raise UserError(
                 "this classifier knows clean images only (classifier.noise_conditional)"
             )
-        if model.sde != self.sde or model.pixels.symmetric != self.pixels.symmetric:
+        if model.sde != self.sde or model.state_limits != self.pixels.limits:
             raise UserError(
-                f"the classifier was trained under {self.sde} in {self.score.data_range} range, "
-                f"the model under {model.sde} in {model.config.data_range} range"
+                f"the classifier was trained under {self.sde} of values in {self.pixels.limits}, "
+                f"the model under {model.sde} of values in {model.state_limits}"
             )
         if labels.numel() and not (labels.min() >= 0 and labels.max() < self.num_classes):
             raise UserError(f"this classifier has the classes 0 to {self.num_classes - 1}")

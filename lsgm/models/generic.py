@@ -8,11 +8,9 @@ when it is given the modules that are not the library's own. (The models of conf
 
 from __future__ import annotations
 
-import math
-import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from typing import Any, cast
 
 import torch
@@ -21,61 +19,47 @@ from torch import Tensor, nn
 from lsgm.divergence import Divergence
 from lsgm.likelihood import ode_log_density
 from lsgm.models.autoencoder import Autoencoder
+from lsgm.models.base import Batch, Bound, DiffusionModel, Model, SamplerDefaults
 from lsgm.models.release import given_class
 from lsgm.objectives import latent_cross_entropy
 from lsgm.registry import SDES
 from lsgm.score import NetworkScore
 from lsgm.sde import LinearSDE, make_sde
-from lsgm.solvers import Solution, make_grid, make_solver
+from lsgm.solvers import Callback
+from lsgm.solvers.sampler import DEFAULT_T_END, Sampler
 from lsgm.times import make_proposal
 from lsgm.weighting import make_weighting
 from vae.random import Rng, RowGenerators, randn
 
-__all__ = ["AutoencoderModel", "Bound", "LatentScoreModel", "Samples", "ScoreModel", "generic_of"]
+__all__ = ["AutoencoderModel", "LatentScoreModel", "ScoreModel", "generic_of"]
 
-BATCH_SIZE = 256
 SOLVER, NFE, GRID = "normal_reference", 40, "phi"
 FIRST_STD = 1e-6
 """Least standard deviation of a latent channel that is divided by."""
 
 
-@dataclass(frozen=True)
-class Samples:
-    """What a model drew: ``images (N, *shape)``, the ``latents`` that they were decoded from, the
-    network evaluations of a batch and the seconds taken.
+class _GenericModel(Model):
+    """What the models of this file share: items ``(B, *shape)`` as they are given, and how a model
+    of modules that are not the library's is described.
     """
 
-    images: Tensor
-    latents: tuple[Tensor, ...]
-    nfe: float
-    seconds: float
+    unit = "nats per item"
 
-
-@dataclass(frozen=True)
-class Bound:
-    """A bound on the negative log-likelihood: ``values (B,)`` float64 in ``unit``."""
-
-    name: str
-    unit: str
-    values: Tensor
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self._shape = tuple(shape)
 
     @property
-    def mean(self) -> float:
-        """Over the data."""
-        return self.values.mean().item()
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
 
-    @property
-    def standard_error(self) -> float | None:
-        """Of the mean; None for a single value."""
-        n = len(self.values)
-        return self.values.std().item() / math.sqrt(n) if n > 1 else None
+    def preprocess(self, images: Tensor, rng: Rng = None) -> Tensor:
+        """The items themselves, on the model's device."""
+        return images.to(self.device)
 
-
-class _GenericModel(nn.Module, ABC):
-    """What the models of this file share: how they are described."""
-
-    kind: str
-    shape: tuple[int, ...]
+    def unpad(self, images: Tensor) -> Tensor:
+        """The items themselves."""
+        return images
 
     @abstractmethod
     def modules_given(self) -> dict[str, object]:
@@ -85,10 +69,6 @@ class _GenericModel(nn.Module, ABC):
         """What :func:`lsgm.load` needs: plain values, and the names of what it has to be given."""
         given = {name: given_class(module) for name, module in self.modules_given().items()}
         return {"shape": list(self.shape), "given": given}
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
 
 
 def _sde_given(sde: LinearSDE) -> dict[str, object]:
@@ -100,7 +80,7 @@ def _describe_sde(sde: LinearSDE) -> dict[str, Any] | None:
     return None if name is None else {"kind": name, **(asdict(sde) if is_dataclass(sde) else {})}
 
 
-class ScoreModel(_GenericModel):
+class ScoreModel(DiffusionModel, _GenericModel):
     """A score model of data ``(B, *shape)``, vectors or images, by any network.
 
     Args:
@@ -111,15 +91,15 @@ class ScoreModel(_GenericModel):
     """
 
     kind = "score"
-    description = "negative log-density by the probability-flow ODE"
+    bound_name = "negative log-density by the probability-flow ODE"
+    estimator = "exact divergence, dopri5"
 
     def __init__(
         self, network: nn.Module, sde: LinearSDE, shape: Sequence[int], *, normal: bool = False
     ) -> None:
-        super().__init__()
+        super().__init__(shape)
         self.score: nn.Module = NetworkScore(network, sde, normal)
         self.sde = sde
-        self.shape = tuple(shape)
         self.normal = normal
 
     @property
@@ -152,50 +132,31 @@ class ScoreModel(_GenericModel):
         """The inverse of :meth:`encode`: ``(B, *shape)``."""
         return latents[0]
 
-    @torch.no_grad()
-    def sample(
+    @property
+    def defaults(self) -> SamplerDefaults:
+        """40 evaluations of the normal-reference solver."""
+        return SamplerDefaults(SOLVER, NFE, GRID, max(DEFAULT_T_END, self.sde.time_eps))
+
+    def bound_values(self, x: Tensor, rng: Rng = None, *, samples: int = 1) -> Tensor:
+        """See :meth:`bound`."""
+        return self._negative_log_prob(x, rng)
+
+    def _negative_log_prob(
         self,
-        n: int,
-        *,
-        sampler: Callable[..., Solution] | None = None,
-        nfe: int | None = None,
-        seed: int = 0,
-        temperature: float = 1.0,
-        batch_size: int | None = None,
-    ) -> Samples:
-        """Draw ``n`` items.
-
-        Args:
-            n: how many.
-            sampler: ``sampler(sde, eps, shape, seed=seed)`` to a solution, in place of 40
-                evaluations of the normal-reference solver.
-            nfe: network evaluations of that solver.
-            seed: of all noise; an item is the same in batches of any size.
-            temperature: standard deviation of the starting noise relative to the prior's.
-            batch_size: items at a time; 256 unless given.
-        """
-        start = time.perf_counter()
-        states, parts, calls = [], [], []
-        for rows in torch.arange(n).split(batch_size or BATCH_SIZE):
-            if sampler is None:
-                solution = self._solve(rows.tolist(), nfe or NFE, seed, temperature)
-            else:
-                shape = (len(rows), *self.state_shape)
-                solution = sampler(self.sde, self.score, shape, seed=seed + int(rows[0]))
-            states.append(solution.x.cpu())
-            parts.append(self.decode([solution.x]).cpu())
-            calls.append(solution.nfe)
-        latents = () if self.state_shape is self.shape else (torch.cat(states),)
-        seconds = time.perf_counter() - start
-        return Samples(torch.cat(parts), latents, sum(calls) / len(calls), seconds)
-
-    def _solve(self, rows: list[int], nfe: int, seed: int, temperature: float) -> Solution:
-        rng = RowGenerators.of(seed, rows)
-        solver = make_solver(SOLVER)
-        times = make_grid(GRID, self.sde, solver.steps_for(nfe), max(1e-3, self.sde.t_min))
-        shape = (len(rows), *self.state_shape)
-        noise = temperature * self.sde.prior_sample(shape, rng, device=self.device)
-        return solver.solve(self.sde, self.score, noise, times, rng=rng)
+        x: Tensor,
+        rng: Rng,
+        divergence: Divergence | None = None,
+        tolerance: float = 1e-5,
+    ) -> Tensor:
+        return -ode_log_density(
+            self.sde,
+            self.score,
+            x,
+            divergence=divergence,
+            rtol=tolerance,
+            atol=tolerance,
+            rng=rng,
+        ).log_prob
 
     def bound(
         self,
@@ -211,24 +172,8 @@ class ScoreModel(_GenericModel):
         costs a backward pass a dimension, and unbiased with another. ``samples`` means nothing.
         """
         rng = RowGenerators.of(seed, range(len(x)))
-        found = ode_log_density(
-            self.sde,
-            self.score,
-            x.to(self.device),
-            divergence=divergence,
-            rtol=tolerance,
-            atol=tolerance,
-            rng=rng,
-        )
-        return Bound(self.description, "nats per item", -found.log_prob.double().cpu())
-
-    @torch.no_grad()
-    def denoise(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """``E[x_0 | x_t]`` by Tweedie's formula: ``x_t (B, *state_shape)``, ``t (B,)``."""
-        t = t.expand(len(x_t))
-        over = [1] * (x_t.ndim - 1)
-        sigma, m = self.sde.var(t).sqrt().view(-1, *over), self.sde.mean_coef(t).view(-1, *over)
-        return (x_t - sigma * self.score(x_t, t)) / m
+        values = self._negative_log_prob(x.to(self.device), rng, divergence, tolerance)
+        return Bound(self.bound_name, self.unit, values.double().cpu())
 
 
 class LatentScoreModel(ScoreModel):
@@ -248,7 +193,9 @@ class LatentScoreModel(ScoreModel):
     """
 
     kind = "latent_score"
-    description = "negative evidence lower bound, score-based prior"
+    has_latents = True
+    bound_name = "negative evidence lower bound, score-based prior"
+    estimator = "importance-sampled variational cross-entropy"
     shift: Tensor
     scale: Tensor
 
@@ -301,15 +248,16 @@ class LatentScoreModel(ScoreModel):
         """The autoencoder's decoding of scaled latents."""
         return self.autoencoder.decode(latents[0].to(self.shift) * self.scale + self.shift)
 
-    @torch.no_grad()
     def bound(  # type: ignore[override]
         self, x: Tensor, *, samples: int = 1, seed: int = 0
     ) -> Bound:
         """Negative evidence lower bound of ``x (B, *shape)`` in nats an item: an unbiased estimate
         of an upper bound on ``-ln p(x)`` from ``samples`` draws (arXiv 2106.05931 equation 8).
         """
-        rng = RowGenerators.of(seed, range(len(x)))
-        x = x.to(self.device)
+        return Model.bound(self, x, samples=samples, seed=seed)
+
+    def bound_values(self, x: Tensor, rng: Rng = None, *, samples: int = 1) -> Tensor:
+        """See :meth:`bound`."""
         likelihood = make_weighting("likelihood")
         proposal = make_proposal("mixture", self.sde, likelihood)
         total = torch.zeros(len(x), dtype=torch.float64, device=self.device)
@@ -321,7 +269,7 @@ class LatentScoreModel(ScoreModel):
             prior = latent_cross_entropy(self.sde, self.score, z, times, likelihood, rng)
             distortion = -self.autoencoder.log_likelihood(x, z * self.scale + self.shift)
             total += distortion + scaled.log_prob(z) + prior.bound
-        return Bound(self.description, "nats per item", (total / samples).cpu())
+        return total / samples
 
 
 class AutoencoderModel(_GenericModel):
@@ -332,11 +280,13 @@ class AutoencoderModel(_GenericModel):
     """
 
     kind = "autoencoder"
+    has_latents = True
+    bound_name = "negative evidence lower bound, N(0, I) prior"
+    estimator = "analytic KL divergence"
 
     def __init__(self, autoencoder: Autoencoder) -> None:
-        super().__init__()
+        super().__init__(autoencoder.shape)
         self.autoencoder = autoencoder
-        self.shape = tuple(autoencoder.shape)
 
     def modules_given(self) -> dict[str, object]:
         return {"autoencoder": self.autoencoder}
@@ -354,28 +304,31 @@ class AutoencoderModel(_GenericModel):
         """The autoencoder's decoding."""
         return self.autoencoder.decode(latents[0])
 
-    @torch.no_grad()
-    def sample(self, n: int, *, seed: int = 0, temperature: float = 1.0) -> Samples:
-        """Decode ``n`` draws from N(0, temperature^2 I)."""
-        start = time.perf_counter()
-        rng = RowGenerators.of(seed, range(n))
-        z = temperature * randn((n, *self.autoencoder.latent_shape), rng, device=self.device)
-        return Samples(self.decode([z]).cpu(), (z.cpu(),), 0, time.perf_counter() - start)
+    def draw(
+        self,
+        num: int,
+        rng: Rng,
+        sampler: Sampler | None = None,
+        *,
+        labels: Tensor | None = None,
+        guidance: float = 1.0,
+        temperature: float = 1.0,
+        callback: Callback | None = None,
+    ) -> Batch:
+        if sampler is not None or labels is not None:
+            raise ValueError("an autoencoder under N(0, I) takes no sampler and no labels")
+        shape = (num, *self.autoencoder.latent_shape)
+        z = temperature * randn(shape, rng, device=self.device)
+        with torch.no_grad():
+            return Batch(self.decode([z]), (z,), 0)
 
-    def bound_values(self, x: Tensor, rng: Rng = None) -> Tensor:
-        """One-sample negative evidence lower bound: ``x (B, *shape)`` to ``(B,)`` nats, with
-        gradients.
+    def bound_values(self, x: Tensor, rng: Rng = None, *, samples: int = 1) -> Tensor:
+        """Negative evidence lower bound from ``samples`` draws: ``x (B, *shape)`` to ``(B,)`` nats,
+        with gradients.
         """
         posterior = self.autoencoder.encode(x)
-        return posterior.kl() - self.autoencoder.log_likelihood(x, posterior.sample(rng))
-
-    @torch.no_grad()
-    def bound(self, x: Tensor, *, samples: int = 1, seed: int = 0) -> Bound:
-        """Negative evidence lower bound of ``x (B, *shape)`` in nats an item."""
-        rng = RowGenerators.of(seed, range(len(x)))
-        x = x.to(self.device)
-        total = torch.stack([self.bound_values(x, rng).double() for _ in range(samples)]).mean(0)
-        return Bound("negative evidence lower bound, N(0, I) prior", "nats per item", total.cpu())
+        draws = [self.autoencoder.log_likelihood(x, posterior.sample(rng)) for _ in range(samples)]
+        return posterior.kl() - torch.stack(draws).mean(0)
 
 
 def generic_of(description: Mapping[str, Any], modules: Mapping[str, Any]) -> nn.Module:

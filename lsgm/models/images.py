@@ -9,10 +9,9 @@ under a linear SDE: NCSN's geometric noise levels lie evenly in the time of a va
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lsgm.conditioning import classifier_free
@@ -20,30 +19,24 @@ from lsgm.config.architecture import SamplerConfig, ScoreModelConfig
 from lsgm.data.pixels import Pixels
 from lsgm.data.spec import DataSpec
 from lsgm.discrete_noise import BetaTable
+from lsgm.divergence import make_divergence
 from lsgm.errors import UserError
+from lsgm.models.base import DiffusionModel, SamplerDefaults
+from lsgm.models.image_likelihood import ode_data_likelihood
 from lsgm.models.release import section
 from lsgm.networks.data_score import DataScore
 from lsgm.networks.ncsn import NCSN
 from lsgm.noise_ladder import NoiseLadder, select_step
 from lsgm.registry import NETWORKS
 from lsgm.sde import VESDE, VPSDE, LinearSDE, make_sde
-from lsgm.solvers import (
-    AnnealedLangevin,
-    EpsFn,
-    Hook,
-    Solution,
-    Solver,
-    make_grid,
-    make_solver,
-    solver_parameters,
-)
+from lsgm.solvers import AnnealedLangevin, EpsFn, Solver, make_solver
+from lsgm.solvers.sampler import Sampler
 from lsgm.system.memory import build_within_memory
 from vae.random import Rng, rand
 
 __all__ = [
     "DATA_KINDS",
     "DataSGM",
-    "SamplerDefaults",
     "build_data_model",
     "build_sde",
     "data_model_of",
@@ -52,35 +45,7 @@ __all__ = [
 DATA_KINDS = ("ncsn", "score_sde")
 
 
-OWN_OPTIONS = frozenset({"predictor", "corrector_steps"})
-
-
-@dataclass(frozen=True)
-class SamplerDefaults:
-    """The sampler that a model recommends: names and numbers as the command line takes them.
-
-    ``grid`` ``ladder`` is the model's own noise levels. ``options`` are arguments of solvers, of
-    which each solver, the recommended one and any other, takes those that it has
-    (:meth:`options_of`).
-    """
-
-    solver: str
-    nfe: int
-    grid: str
-    t_end: float
-    options: dict[str, Any]
-
-    def options_of(self, solver: str) -> dict[str, Any]:
-        """The recommended arguments that the solver of that name has; what makes one predictor-
-        corrector another (:data:`OWN_OPTIONS`) is the recommended solver's alone.
-        """
-        own = set(solver_parameters(solver))
-        if solver != self.solver:
-            own -= OWN_OPTIONS
-        return {name: value for name, value in self.options.items() if name in own}
-
-
-class DataSGM(nn.Module):
+class DataSGM(DiffusionModel):
     """A score model of images.
 
     Args:
@@ -88,8 +53,10 @@ class DataSGM(nn.Module):
         score: the noise prediction, ``(x_t, t)`` or ``(x_t, t, labels)`` to ``eps``.
         sde: the diffusion; ``ladder``: the noise levels of NCSN, None for a score-SDE model.
         pixels: the map between images and what is diffused.
-        config: the architecture; ``sampler``: the recommended sampler.
+        config: the architecture; ``sampler_config``: the recommended sampler.
     """
+
+    bound_name = "bound on -log P of 8-bit images by the ODE"
 
     def __init__(
         self,
@@ -99,7 +66,7 @@ class DataSGM(nn.Module):
         ladder: NoiseLadder | None,
         pixels: Pixels,
         config: ScoreModelConfig,
-        sampler: SamplerConfig,
+        sampler_config: SamplerConfig,
     ) -> None:
         super().__init__()
         self.kind = kind
@@ -107,26 +74,22 @@ class DataSGM(nn.Module):
         self.sde = sde
         self.ladder = ladder
         self.pixels = pixels
+        self.spec = pixels.spec
         self.config = config
-        self.sampler = sampler
+        self.sampler_config = sampler_config
 
     def describe(self) -> dict[str, Any]:
-        """What :func:`lsgm.load` needs to rebuild the architecture."""
         return {
             "score": asdict(self.config),
-            "sampler": asdict(self.sampler),
+            "sampler": asdict(self.sampler_config),
             "spec": asdict(self.spec),
         }
 
     def with_score(self, score: nn.Module) -> DataSGM:
         """The same model with another score network (the running average, say)."""
         return DataSGM(
-            self.kind, score, self.sde, self.ladder, self.pixels, self.config, self.sampler
+            self.kind, score, self.sde, self.ladder, self.pixels, self.config, self.sampler_config
         )
-
-    @property
-    def spec(self) -> DataSpec:
-        return self.pixels.spec
 
     @property
     def num_classes(self) -> int | None:
@@ -144,31 +107,26 @@ class DataSGM(nn.Module):
         assert isinstance(self.sde, VPSDE)
         return BetaTable.of(self.sde, number)
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    # The state of the diffusion, in the words that LSGM uses for its latents
+    # The state of the diffusion
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
         """Shape of what is diffused: the images without padding."""
         return self.pixels.shape
 
-    def encode_state(
-        self, x: Tensor, rng: Rng = None, *, mean: bool = False
-    ) -> tuple[Tensor, list[Tensor]]:
-        """From ``x (B, C, R, R)`` in [-1, 1], padded or not, to the state ``(B, *state_shape)``;
-        with ``mean`` without dequantisation noise. The list, finer latents, is empty.
+    @property
+    def state_limits(self) -> tuple[float, float]:
+        return self.pixels.limits
+
+    def encode(self, x: Tensor, rng: Rng = None, *, mean: bool = False) -> list[Tensor]:
+        """The state ``(B, *state_shape)`` alone, of ``x (B, C, R, R)`` in [-1, 1], padded or not;
+        with ``mean`` without dequantisation noise.
         """
-        return self.pixels.to_network((x + 1) / 2, rng, noise=not mean), []
+        return [self.pixels.to_network((x + 1) / 2, rng, noise=not mean)]
 
-    def sample_finer(self, num: int, rng: Rng, temperature: float = 1.0) -> list[Tensor]:
-        """Nothing: there are no finer latents."""
-        return []
-
-    def decode_state(self, state: Tensor, finer: Sequence[Tensor] = (), rng: Rng = None) -> Tensor:
+    def decode(self, latents: Sequence[Tensor], rng: Rng = None) -> Tensor:
         """Images in [0, 1] from the state; nothing is drawn."""
+        (state,) = latents
         return self.to_images(state).clamp(0, 1)
 
     def to_images(self, y: Tensor) -> Tensor:
@@ -178,17 +136,15 @@ class DataSGM(nn.Module):
     def prior_start(
         self, num: int, rng: Rng, temperature: float = 1.0, solver: Solver | None = None
     ) -> Tensor:
-        """Where generation by ``solver`` starts, at ``t = 1``: ``(num, *state_shape)``.
-
-        A sample of the SDE's prior, but for Langevin dynamics uniform noise over the data's range
-        if the run says so (arXiv 1907.05600 appendix B, 2006.09011 appendix B): they reach the
-        largest level's law from anywhere, other solvers do not.
+        """A sample of the SDE's prior, but for Langevin dynamics uniform noise over the data's
+        range if the run says so (arXiv 1907.05600 appendix B, 2006.09011 appendix B): they reach
+        the largest level's law from anywhere, other solvers do not.
         """
         shape = (num, *self.state_shape)
-        if self.sampler.start == "uniform" and isinstance(solver, AnnealedLangevin):
+        if self.sampler_config.start == "uniform" and isinstance(solver, AnnealedLangevin):
             low, high = self.pixels.limits
             return temperature * (low + (high - low) * rand(shape, rng, device=self.device))
-        return temperature * self.sde.prior_sample(shape, rng, device=self.device)
+        return super().prior_start(num, rng, temperature, solver)
 
     def eps_fn(self, labels: Tensor | None = None, guidance: float = 1.0) -> EpsFn:
         """The noise prediction as solvers take it.
@@ -214,7 +170,7 @@ class DataSGM(nn.Module):
     @property
     def defaults(self) -> SamplerDefaults:
         """The recommended sampler."""
-        given, is_ncsn = self.sampler, self.ladder is not None
+        given, is_ncsn = self.sampler_config, self.ladder is not None
         solver = given.solver or ("langevin" if is_ncsn else "predictor_corrector")
         nfe = given.nfe or 200
         names = ("snr", "norm", "denoise", "clip", "variance")
@@ -232,78 +188,47 @@ class DataSGM(nn.Module):
         grid = given.grid or ("ladder" if is_ncsn else make_solver(solver).default_grid)
         t_end = given.t_end
         if t_end is None:
-            t_end = 0.0 if is_ncsn else max(1e-3, self.sde.t_min)
+            t_end = 0.0 if is_ncsn else max(1e-3, self.sde.time_eps)
         return SamplerDefaults(solver, nfe, grid, t_end, options)
 
     def _langevin_options(self) -> dict[str, Any]:
         if self.ladder is None:
             raise UserError("sampler.solver: langevin needs the noise levels of kind ncsn")
-        levels, given = self.ladder.num_levels, self.sampler
+        levels, given = self.ladder.num_levels, self.sampler_config
         steps = max(1, (given.nfe or 100 * levels) // levels)
         ratio = given.step_ratio or select_step(self.ladder, steps).step_ratio
         return {"steps_per_level": steps, "step_ratio": ratio}
 
-    def default_solver(self) -> tuple[Solver, Tensor]:
-        """The recommended sampler as a solver and its times.
+    def default_sampler(self) -> Sampler:
+        """The recommended sampler.
 
         Raises:
             UserError: The run's sampler section does not fit.
         """
         try:
-            chosen = self.defaults
-            solver = make_solver(chosen.solver, **chosen.options_of(chosen.solver))
-        except ValueError as error:
-            raise UserError(f"sampler: {error}") from error
-        return solver, self.times_of(solver)
-
-    def times_of(self, solver: Solver) -> Tensor:
-        """The recommended times for ``solver``: the evaluations, the grid (if the run leaves it
-        open, the solver's own) and the last time of the run's sampler.
-
-        Raises:
-            UserError: The run's sampler section does not fit.
-        """
-        try:
-            chosen = self.defaults
-            grid = self.sampler.grid or (solver.default_grid if self.ladder is None else "ladder")
-            if solver.evaluations(1) is None:
-                times = torch.tensor([1.0, chosen.t_end], dtype=torch.float64)
-            elif grid != "ladder":
-                times = make_grid(grid, self.sde, solver.steps_for(chosen.nfe), chosen.t_end)
-            elif self.ladder is not None:
-                times = self.ladder.times
-            else:
-                raise ValueError("only kind ncsn has a ladder")
-            return solver.check(self.sde, times)
+            return self.sampler()
         except ValueError as error:
             raise UserError(f"sampler: {error}") from error
 
-    @torch.no_grad()
-    def sample(
+    def bound_values(
         self,
-        num: int,
+        x: Tensor,
         rng: Rng = None,
         *,
-        solver: Solver | None = None,
-        times: Tensor | None = None,
-        labels: Tensor | None = None,
-        guidance: float = 1.0,
-        hooks: Sequence[Hook] = (),
-        temperature: float = 1.0,
-        callback: Any = None,
-    ) -> Solution:
-        """Draw ``num`` states; :meth:`decode_state` makes images of them.
-
-        ``solver`` replaces the recommended one and ``times`` its times; a solver without times
-        takes those of :meth:`times_of`. ``labels`` and ``guidance`` are those of :meth:`eps_fn`.
+        samples: int = 1,
+    ) -> Tensor:
+        """:func:`lsgm.models.image_likelihood.ode_data_likelihood` with Hutchinson's divergence and
+        ``samples`` draws of the dequantisation noise.
         """
-        if solver is None:
-            solver = self.default_solver()[0]
-        if times is None:
-            times = self.times_of(solver)
-        start = self.prior_start(num, rng, temperature, solver)
-        eps = self.eps_fn(labels, guidance)
-        return solver.solve(self.sde, eps, start, times, rng=rng, hooks=hooks, callback=callback)
+        return ode_data_likelihood(
+            self.sde,
+            self.score,
+            self.pixels,
+            (x + 1) / 2,
+            draws=samples,
+            divergence=make_divergence("hutchinson"),
+            rng=rng,
+        ).nats
 
 
 def build_sde(kind: str, config: ScoreModelConfig) -> tuple[LinearSDE, NoiseLadder | None]:

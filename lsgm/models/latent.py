@@ -1,8 +1,8 @@
-"""The two trained models, and their release form: a run folder that :func:`load` opens anywhere.
+"""The two models with latents.
 
 ``VAEModel`` is the hierarchical VAE under its N(0, I) prior; ``LSGM`` adds the score-based prior on
-the coarsest latent scale (2106.05931, Sec. 3). Both answer the same two questions: :meth:`sample`
-images, and :meth:`nelbo` of images, in nats.
+the coarsest latent scale (2106.05931, Sec. 3). Beside the contract of :mod:`lsgm.models.base` both
+give :meth:`nelbo` of images, in nats, part by part.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from lsgm.config.architecture import PriorConfig, VAEConfig
 from lsgm.config.training import RETIRED_KEYS
 from lsgm.data.spec import DataSpec
 from lsgm.errors import UserError
-from lsgm.models.release import (
-    given_class,
-    section,
-)
+from lsgm.models.base import Batch, DiffusionModel, Model
+from lsgm.models.release import given_class, section
 from lsgm.networks import NCSNpp
-from lsgm.objectives import NormalControlVariate, latent_cross_entropy
+from lsgm.objectives import CrossEntropy, NormalControlVariate, latent_cross_entropy
 from lsgm.score import MixedNormalScore
-from lsgm.sde import LinearSDE, make_sde
-from lsgm.solvers import Solution, Solver
+from lsgm.sde import make_sde
+from lsgm.solvers import Callback
+from lsgm.solvers.base import require_finite
+from lsgm.solvers.sampler import Sampler
 from lsgm.system.memory import build_within_memory
 from lsgm.tensors import sum_except_batch
 from lsgm.times import TimeProposal, make_proposal
@@ -124,10 +124,13 @@ def build_prior(
     )
 
 
-class VAEModel(nn.Module):
+class VAEModel(Model):
     """The hierarchical VAE under the prior N(0, I) on all its latents."""
 
     kind = "vae"
+    has_latents = True
+    bound_name = "NELBO, N(0, I) prior"
+    estimator = "analytic prior"
 
     def __init__(self, vae: HierarchicalVAE, spec: DataSpec, vae_config: VAEConfig) -> None:
         super().__init__()
@@ -137,19 +140,35 @@ class VAEModel(nn.Module):
         self._draws_pixels = False
 
     def describe(self) -> dict[str, Any]:
-        """What :func:`load` needs to rebuild the architecture."""
         return {"vae": asdict(self.vae_config), "spec": asdict(self.spec)}
 
+    def in_words(self) -> str:
+        """Size, latents and decoder."""
+        shapes = [" x ".join(map(str, shape)) for shape in self.vae.latent_shapes]
+        groups = ", ".join(f"{shapes.count(shape)} of {shape}" for shape in dict.fromkeys(shapes))
+        context = self.vae.context
+        pixels = (
+            "pixels independent given the latents"
+            if context is None
+            else "autoregressive: a pixel sees the latents and the pixels before it, up to "
+            f"{context.reach} rows above and columns aside"
+        )
+        decoder = f"decoder {self.vae.decoder_dist}, {pixels}"
+        return f"{super().in_words()}; latent groups: {groups}; {decoder}"
+
     @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
+    def num_bits(self) -> int:
+        return self.vae_config.num_x_bits
+
+    @property
+    def diffusion(self) -> LSGM | None:
+        return None
 
     def to_images(self, x: Tensor) -> Tensor:
         """From network range and size ``(B, C, R, R)`` in [-1, 1] to images in [0, 1] without
         padding.
         """
-        p = self.spec.padding
-        return ((x + 1) / 2)[..., p : x.shape[-2] - p, p : x.shape[-1] - p]
+        return self.unpad((x + 1) / 2)
 
     def reconstruct(self, x: Tensor, rng: Rng = None) -> Tensor:
         """Decoder means of one posterior draw for ``x`` ``(B, C, R, R)`` in [-1, 1]; images in [0,
@@ -167,40 +186,86 @@ class VAEModel(nn.Module):
             cross_entropy=-_total([standard_normal_log_prob(e) for e in posterior.eps]),
         )
 
+    def bound_values(self, x: Tensor, rng: Rng = None, *, samples: int = 1) -> Tensor:
+        """:meth:`nelbo`, the mean of ``samples`` draws."""
+        return torch.stack([self.nelbo(x, rng).total for _ in range(samples)]).mean(0)
+
+    def under_normal(self) -> VAEModel:
+        """The same VAE under N(0, I)."""
+        return self
+
     def sample_latents(self, num: int, rng: Rng, temperature: float = 1.0) -> list[Tensor]:
         """Latents of all groups from N(0, temperature^2 I), coarsest first."""
-        return [
-            temperature * randn((num, *shape), rng, device=self.device)
-            for shape in self.vae.latent_shapes
-        ]
+        return self._sample_groups(self.vae.latent_shapes, num, rng, temperature)
 
-    def decode(self, eps: Sequence[Tensor], rng: Rng = None) -> Tensor:
+    def _sample_groups(
+        self, shapes: Sequence[tuple[int, int, int]], num: int, rng: Rng, temperature: float
+    ) -> list[Tensor]:
+        return [temperature * randn((num, *shape), rng, device=self.device) for shape in shapes]
+
+    def draw(
+        self,
+        num: int,
+        rng: Rng,
+        sampler: Sampler | None = None,
+        *,
+        labels: Tensor | None = None,
+        guidance: float = 1.0,
+        temperature: float = 1.0,
+        callback: Callback | None = None,
+    ) -> Batch:
+        if sampler is not None:
+            raise ValueError("sampler: the latents of a VAE are N(0, I)")
+        if labels is not None:
+            raise UserError("this model was trained without classes")
+        with torch.no_grad():
+            latents = self.sample_latents(num, rng, temperature)
+            images = self.decode(latents, rng)
+        require_finite(images, "the decoder")
+        return Batch(images, tuple(latents), 0)
+
+    def encode(self, x: Tensor, rng: Rng = None, *, mean: bool = False) -> list[Tensor]:
+        """Latents of all groups; see :meth:`lsgm.models.base.Model.encode`."""
+        return list(self._encode_groups(x, rng, mean))
+
+    def _encode_groups(self, x: Tensor, rng: Rng, mean: bool) -> Sequence[Tensor]:
+        shapes = self.vae.latent_shapes
+        zeros = [torch.zeros(len(x), *s, device=x.device) for s in shapes] if mean else None
+        return self.vae.encode(x, rng, zeros).eps
+
+    def decode(self, latents: Sequence[Tensor], rng: Rng = None) -> Tensor:
         """Images in [0, 1] from latents of all groups: the decoder's means, which only a decoder
         with a context draws ``rng`` for (:meth:`vae.distributions.Distribution.mean_estimate`).
         """
-        likelihood = self.vae.decode(eps)
+        likelihood = self.vae.decode(latents)
         x = likelihood.sample(rng) if self._draws_pixels else likelihood.mean_estimate(rng)
         return self.to_images(x).clamp(0, 1)
 
     @contextmanager
     def drawn_pixels(self) -> Iterator[None]:
-        """Inside, decoding draws from the decoder instead of showing its means. Of independent
-        pixels the means say as much; those of an autoregressive decoder belong to one draw, and
-        pixels drawn from them anew would not fit each other.
+        """Inside, an autoregressive decoder draws its pixels instead of showing its means. Of
+        independent pixels the means say as much; those of an autoregressive decoder belong to one
+        draw, and pixels drawn from them anew would not fit each other.
         """
-        self._draws_pixels = True
+        self._draws_pixels = self.vae.context is not None
         try:
             yield
         finally:
             self._draws_pixels = False
 
 
-class LSGM(VAEModel):
+class LSGM(DiffusionModel, VAEModel):
     """The hierarchical VAE with a score-based prior on its coarsest latent scale; N(0, I) on the
     others.
+
+    Its latents are the state of the prior, all groups of the coarsest scale side by side, and then
+    the groups of the finer scales.
     """
 
     kind = "lsgm"
+    bound_name = "NELBO, score-based prior"
+    estimator = "importance-sampled variational cross-entropy"
+    score: MixedNormalScore
 
     def __init__(
         self,
@@ -212,35 +277,30 @@ class LSGM(VAEModel):
     ) -> None:
         super().__init__(vae, spec, vae_config)
         self.score = score
+        self.sde = score.sde
         self.prior_config = prior_config
         self.control_variate = NormalControlVariate.of(score.sde)
-
-    @property
-    def sde(self) -> LinearSDE:
-        return self.score.sde
 
     def describe(self) -> dict[str, Any]:
         network = self.score.network
         own = {} if isinstance(network, NCSNpp) else {"given": {"network": given_class(network)}}
         return super().describe() | {"prior": asdict(self.prior_config)} | own
 
-    def nelbo(self, x: Tensor, rng: Rng = None, *, proposal: TimeProposal | None = None) -> NELBO:
-        """One-sample NELBO of ``x`` ``(B, C, R, R)`` in [-1, 1] under the score-based prior.
+    @property
+    def diffusion(self) -> LSGM:
+        return self
 
-        The prior's cross-entropy is the variational bound of 2106.05931, eq. 8, at one time per
-        image drawn from ``proposal`` (:meth:`evaluation_times` unless given), with both ends of the
-        integral accounted for (:func:`lsgm.objectives.endpoint_cross_entropy`): an unbiased
-        estimate of an upper bound on the negative log-likelihood.
+    @property
+    def mixing(self) -> Tensor:
+        return self.score.non_normal
+
+    def nelbo(self, x: Tensor, rng: Rng = None, *, proposal: TimeProposal | None = None) -> NELBO:
+        """One-sample NELBO of ``x`` ``(B, C, R, R)`` in [-1, 1] under the score-based prior, whose
+        cross-entropy is that of :meth:`prior_cross_entropy`.
         """
         output = self.vae(x, rng=rng)
-        likelihood = make_weighting("likelihood")
-        proposal = proposal or self.evaluation_times()
         eps = output.posterior.eps
-        top = self.vae.concat_top(eps).float()
-        times = proposal.sample(len(x), rng, stratified=True, device=x.device)
-        prior = latent_cross_entropy(
-            self.sde, self.score, top, times, likelihood, rng, control_variate=self.control_variate
-        )
+        prior = self.prior_cross_entropy(self.vae.concat_top(eps).float(), rng, proposal)
         rest = [standard_normal_log_prob(e) for e in eps[self.vae.num_groups_per_scale :]]
         return NELBO(
             reconstruction=self.vae.reconstruction(output, x).double(),
@@ -249,33 +309,32 @@ class LSGM(VAEModel):
             sampled=prior.sampled,
         )
 
+    def prior_cross_entropy(
+        self, top: Tensor, rng: Rng, proposal: TimeProposal | None = None
+    ) -> CrossEntropy:
+        """Cross-entropy of latents ``top (B, *state_shape)`` under the score-based prior.
+
+        The variational bound of 2106.05931, eq. 8, at one time per image drawn from ``proposal``
+        (:meth:`evaluation_times` unless given), with both ends of the integral accounted for
+        (:func:`lsgm.objectives.endpoint_cross_entropy`): an unbiased estimate of an upper bound on
+        the negative log-likelihood.
+        """
+        proposal = proposal or self.evaluation_times()
+        times = proposal.sample(len(top), rng, stratified=True, device=top.device)
+        likelihood = make_weighting("likelihood")
+        return latent_cross_entropy(
+            self.sde, self.score, top, times, likelihood, rng, control_variate=self.control_variate
+        )
+
     def evaluation_times(self) -> TimeProposal:
         """Times at which bounds are estimated: no draw has more than ten times the mean weight, so
         that a prior far from N(0, I) gives no bound that is too low in most samples.
         """
         return make_proposal("mixture", self.sde, make_weighting("likelihood"))
 
-    def sample_prior(
-        self,
-        num: int,
-        rng: Rng,
-        solver: Solver,
-        times: Tensor,
-        temperature: float = 1.0,
-        callback: Any = None,
-    ) -> Solution:
-        """Draw latents of the coarsest scale ``(num, C, H, W)`` by solving the generative SDE or
-        ODE on ``times``.
-        """
-        start = self.prior_start(num, rng, temperature)
-        return solver.solve(self.sde, self.score, start, times, rng=rng, callback=callback)
-
-    def prior_start(
-        self, num: int, rng: Rng, temperature: float = 1.0, solver: Solver | None = None
-    ) -> Tensor:
-        """Where generation starts, at ``t = 1``, with any solver: ``(num, *state_shape)``."""
-        shape = (num, *self.state_shape)
-        return temperature * self.sde.prior_sample(shape, rng, device=self.device)
+    def under_normal(self) -> VAEModel:
+        """The VAE alone, under N(0, I)."""
+        return VAEModel(self.vae, self.spec, self.vae_config)
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -284,37 +343,30 @@ class LSGM(VAEModel):
 
     @property
     def state_groups(self) -> int:
-        """Number of latent groups in a state."""
         return self.vae.num_groups_per_scale
-
-    def encode_state(
-        self, x: Tensor, rng: Rng = None, *, mean: bool = False
-    ) -> tuple[Tensor, list[Tensor]]:
-        """A posterior draw for ``x`` ``(B, C, R, R)`` in [-1, 1], or with ``mean`` the posterior's
-        means: the coarsest scale ``(B, *state_shape)`` and the groups of the finer ones.
-        """
-        shapes = self.vae.latent_shapes
-        zeros = [torch.zeros(len(x), *s, device=x.device) for s in shapes] if mean else None
-        eps = self.vae.encode(x, rng, zeros).eps
-        return self.vae.concat_top(eps), list(eps[self.vae.num_groups_per_scale :])
 
     def sample_finer(self, num: int, rng: Rng, temperature: float = 1.0) -> list[Tensor]:
         """The groups of the finer scales from N(0, temperature^2 I)."""
         finer = self.vae.latent_shapes[self.vae.num_groups_per_scale :]
-        return [temperature * randn((num, *shape), rng, device=self.device) for shape in finer]
+        return self._sample_groups(finer, num, rng, temperature)
 
-    def decode_state(self, state: Tensor, finer: Sequence[Tensor], rng: Rng = None) -> Tensor:
-        """Images in [0, 1] from the coarsest scale's latents and the groups of the finer ones."""
-        return self.decode([*self.vae.split_top(state.float()), *finer], rng)
+    def encode(self, x: Tensor, rng: Rng = None, *, mean: bool = False) -> list[Tensor]:
+        """The state and the groups of the finer scales; see
+        :meth:`lsgm.models.base.Model.encode`.
+        """
+        eps = self._encode_groups(x, rng, mean)
+        return [self.vae.concat_top(eps), *eps[self.vae.num_groups_per_scale :]]
 
-    def complete_latents(self, top: Tensor, rng: Rng, temperature: float = 1.0) -> list[Tensor]:
-        """Split ``top`` into its groups and draw the finer scales from N(0, temperature^2 I)."""
-        drawn = self.sample_finer(len(top), rng, temperature)
-        return [*self.vae.split_top(top.float()), *drawn]
+    def decode(self, latents: Sequence[Tensor], rng: Rng = None) -> Tensor:
+        """Images in [0, 1] from the state ``(B, *state_shape)`` and the groups of the finer scales;
+        see :meth:`VAEModel.decode`.
+        """
+        state, *finer = latents
+        return super().decode([*self.vae.split_top(state.float()), *finer], rng)
 
 
 def _total(parts: Sequence[Tensor]) -> Tensor:
-    """Sum over everything but the batch, in float64: ``(B,)``."""
+    """Sum of all parts over everything but the batch, in float64: ``(B,)``."""
     return torch.stack([sum_except_batch(part.double()) for part in parts]).sum(0)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from lsgm.config.architecture import VAEConfig
 from lsgm.data.spec import DataSpec
 from lsgm.errors import MALFORMED, UserError
+from lsgm.models.base import Model
 from lsgm.models.classifier import ImageClassifier, classifier_of
 from lsgm.models.generic import (
     AutoencoderModel,
@@ -34,6 +35,7 @@ from lsgm.models.release import (
 __all__ = [
     "build_described",
     "load",
+    "load_classifier",
     "require_run",
 ]
 
@@ -44,18 +46,35 @@ def require_run(run: str | None) -> str:
     return run
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu", **modules: Any) -> Any:
+def load(folder: str | Path, device: str | torch.device = "cpu", **modules: Any) -> Model:
     """Rebuild the model of a finished run, in eval mode, by its kind: a :class:`LSGM`, a plain
-    :class:`VAEModel`, a :class:`~lsgm.models.images.DataSGM` or an
-    :class:`~lsgm.models.classifier.ImageClassifier`; or one of :mod:`lsgm.models.generic`, which
-    needs the modules that are not the library's: ``lsgm.load(run, network=MyNetwork())``, built as
-    in training; their weights are read.
+    :class:`VAEModel` or a :class:`~lsgm.models.images.DataSGM`; or one of
+    :mod:`lsgm.models.generic`, which needs the modules that are not the library's:
+    ``lsgm.load(run, network=MyNetwork())``, built as in training; their weights are read.
 
     Raises:
-        UserError: The folder is not a finished run, or its files are damaged or do not fit
-            together.
+        UserError: The folder is not a finished run, its files are damaged or do not fit together,
+            or it is the run of a classifier.
     """
-    folder = Path(folder)
+    model = _opened(Path(folder), device, modules)
+    if not isinstance(model, Model):
+        raise UserError(f"{folder}: a classifier, which makes no images; use load_classifier")
+    return model
+
+
+def load_classifier(folder: str | Path, device: str | torch.device = "cpu") -> ImageClassifier:
+    """Rebuild the classifier of a finished run, in eval mode.
+
+    Raises:
+        UserError: As :func:`load`, or the run is no classifier's.
+    """
+    model = _opened(Path(folder), device, {})
+    if not isinstance(model, ImageClassifier):
+        raise UserError(f"{folder}: is not a classifier")
+    return model
+
+
+def _opened(folder: Path, device: str | torch.device, modules: Mapping[str, Any]) -> nn.Module:
     description = read_description(folder)
     check_weights(folder, description)
     model = build_described(description, folder / DESCRIPTION, modules)

@@ -66,10 +66,13 @@ class Described(Protocol):
 
 
 def save(
-    model: Described, folder: Path, data: DataConfig | None, notes: dict[str, Any] | None = None
+    model: Described,
+    folder: Path,
+    data: DataConfig | None = None,
+    notes: dict[str, Any] | None = None,
 ) -> None:
     """Write the model's weights and description, with the SHA-256 of both, into ``folder``; each
-    file appears whole or not at all. ``data``: None for data that no configuration names.
+    file appears whole or not at all. ``data``: what the model was trained on, if that is known.
 
     Raises:
         UserError: A weight is NaN or infinite.

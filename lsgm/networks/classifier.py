@@ -83,7 +83,9 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """Logits ``(B, K)``, float32 or wider, for ``x (B, C, S, S)``.
 
-        ``t``: ``(B,)`` or a scalar for a noise-conditional classifier, else None.
+        Args:
+            x: Images, as the diffusion sees them.
+            t: ``(B,)`` or a scalar for a noise-conditional classifier, else None.
 
         Raises:
             ValueError: ``t`` is missing, or given to a classifier of clean images.

@@ -61,8 +61,10 @@ class DataScore(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """Predicted noise ``(B, C, H, W)`` in float32, or in the dtype of ``x_t`` if wider.
 
-        ``x_t``: ``(B, C, H, W)``; ``t``: ``(B,)`` or a scalar; ``labels``: ``(B,)`` int64, where
-        the number of classes stands for no class.
+        Args:
+            x_t: ``(B, C, H, W)``.
+            t: ``(B,)`` or a scalar.
+            labels: ``(B,)`` int64, where the number of classes stands for no class.
         """
         dtype = next(self.parameters()).dtype
         with torch.autocast(x_t.device.type, enabled=False):

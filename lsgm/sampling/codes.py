@@ -10,14 +10,15 @@ moving along great circles keeps them typical.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lsgm.conditioning import ProjectionInpainting, mask_projector
-from lsgm.models.base import DiffusionModel, GroupedModel
+from lsgm.models.base import DiffusionModel
 from lsgm.solvers import Callback, EpsFn, Solver
+from lsgm.solvers.sampler import Sampler
 from vae.random import Rng, randn
 
 __all__ = [
@@ -98,7 +99,7 @@ def encode(
     """
     if solver.stochastic:
         raise ValueError("encoding needs a deterministic solver")
-    state, finer = model.encode_state(x, rng, mean=mean)
+    state, *finer = model.encode(x, rng, mean=mean)
     solution = solver.solve(
         model.sde, score or model.score, state.float(), times.flip(0), callback=callback
     )
@@ -116,7 +117,7 @@ def decode(
 ) -> Tensor:
     """Images ``(B, C, H, W)`` in [0, 1] from codes, through the flow; ``times`` decrease."""
     solution = solver.solve(model.sde, score or model.score, code.noise, times, callback=callback)
-    return model.decode_state(solution.x, list(code.finer))
+    return model.decode([solution.x, *code.finer])
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def close_round_trip(
 ) -> Closure:
     """The states of images ``x (B, C, R, R)`` in [-1, 1] and those decoded from their codes."""
     with torch.no_grad():
-        state, _ = model.encode_state(x, mean=True)
+        state = model.encode(x, mean=True)[0]
     code = encode(model, x, solver, times, callback=callback)
     back = solver.solve(model.sde, model.score, code.noise, times, callback=callback).x
     return Closure(state, back, code.finer)
@@ -189,29 +190,25 @@ def interpolate(a: Code, b: Code, steps: int) -> list[Code]:
 
 @torch.no_grad()
 def resample_groups(
-    model: GroupedModel,
+    model: DiffusionModel,
     state: Tensor,
     finer: Sequence[Tensor],
     keep: Sequence[int],
-    solver: Solver,
-    times: Tensor,
+    sampler: Sampler,
     rng: Rng,
-    temperature: float = 1.0,
 ) -> tuple[Tensor, list[Tensor]]:
     """Keep some latent groups and draw the others from the prior, given those that are kept.
 
     Groups of the state are drawn by inpainting with the score-based prior, finer ones from N(0,
-    temperature^2 I).
+    temperature^2 I), with the temperature of the sampler.
 
     Args:
         model: A model with latent groups.
         state: Latents of the score-based prior, ``(B, *state_shape)``.
         finer: The other groups.
         keep: Indices of the groups to keep, coarsest first; groups of the state are 0 to G - 1.
-        solver: One that draws noise at every time suits inpainting.
-        times: Decreasing times.
+        sampler: One that draws noise at every time suits inpainting.
         rng: Source of all noise.
-        temperature: Standard deviation of the starting noise and of the fresh finer latents.
 
     Returns:
         The new state, whose kept groups are bit by bit those given, and the new finer groups.
@@ -219,7 +216,7 @@ def resample_groups(
     Raises:
         ValueError: There is no such group.
     """
-    groups = model.state_groups
+    groups, temperature = model.state_groups, sampler.temperature
     total = groups + len(finer)
     if bad := [k for k in keep if not 0 <= k < total]:
         raise ValueError(f"no latent group {bad[0]}: there are groups 0 to {total - 1}")
@@ -232,9 +229,8 @@ def resample_groups(
         mask = kept[:, None, None]
         hook = ProjectionInpainting(model.sde, state, mask_projector(mask))
         start = model.sde.prior_sample(state.shape, rng, device=state.device, dtype=state.dtype)
-        state = solver.solve(
-            model.sde, model.score, temperature * start, times, rng, [hook] if kept.any() else []
-        ).x
+        conditioned = replace(sampler, hooks=[hook] if kept.any() else [])
+        state = conditioned.solve(model.sde, model.score, temperature * start, rng).x
     fresh = [
         z
         if groups + i in keep

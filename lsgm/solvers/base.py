@@ -87,8 +87,13 @@ class Hook:
 class Progress:
     """Where a solve stands, given to the callback after each step.
 
-    ``total`` is the number of steps; adaptive solvers, which report after each network call, do not
-    know it (None).
+    Attributes:
+        step: Steps done.
+        total: Number of steps; adaptive solvers, which report after each network call, do not know
+            it (None).
+        t: The time of ``x``.
+        nfe: Network calls so far.
+        x: The state, ``(B, *shape)``.
     """
 
     step: int

@@ -5,6 +5,15 @@ diffusers' ``DDPMScheduler`` takes them of ``N``; of another grid it is the near
 level to the next one down the state is drawn from ``q(x_s | x_t, x_0)`` (ibid. eq. 7) with the
 network's ``x_0``, which may be clipped to the data's range; the last step gives ``x_0`` itself,
 which is the solver's ``denoise``.
+
+>>> from lsgm.sde import VPSDE
+>>> from lsgm.solvers.ddpm import DDPM
+>>> sde, rng = VPSDE(), torch.Generator().manual_seed(0)
+>>> solver = DDPM(levels=100, clip=False, denoise=True)
+>>> times = torch.linspace(1, 0, 100, dtype=torch.float64)
+>>> solution = solver.solve(sde, sde.normal_component, sde.prior_sample((500, 2), rng), times, rng)
+>>> solution.nfe, abs(solution.x.std().item() - 1) < 0.1  # samples of N(0, I)
+(100, True)
 """
 
 from __future__ import annotations
@@ -31,7 +40,7 @@ class DDPM(StepSolver):
 
     Given times have to go down to the data.
 
-    Arguments:
+    Args:
         levels: ``N`` of the chain.
         variance: Of a step: ``"small"``, that of ``q(x_s | x_t, x_0)``; ``"large"``, the chain's
             ``beta`` (ibid. section 3.2).

@@ -27,7 +27,10 @@ def has_terminal(stream: IO[str] | None = None) -> bool:
 
 
 def progress_bar(
-    items: Iterable[Any] | None = None, desc: str | None = None, **options: Any
+    items: Iterable[Any] | None = None,
+    desc: str | None = None,
+    disable: bool = False,
+    **options: Any,
 ) -> Any:
     """A tqdm bar on stderr, silent where there is no terminal."""
-    return tqdm(items, desc, disable=not has_terminal(), **options)
+    return tqdm(items, desc, disable=disable or not has_terminal(), **options)

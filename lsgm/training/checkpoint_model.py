@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lsgm.errors import UserError
+from lsgm.models.base import Model
 from lsgm.models.loading import build_described
 from lsgm.system.files import RunFolder
 from lsgm.training.checkpoint import CheckpointError, Checkpoints
@@ -27,7 +28,7 @@ SIDES = {"vae": "vae", "prior": "score", "score": "score"}
 
 def load_checkpoint(
     folder: str | Path, step: str = LATEST, device: str | torch.device = "cpu"
-) -> Any:
+) -> Model:
     """Rebuild the model of a run with the weights of a checkpoint, in eval mode: the running
     averages where there are some, as in the released weights.
 
@@ -73,7 +74,7 @@ def _read(run: RunFolder, step: str) -> tuple[int, dict[str, Any]]:
         raise UserError(f"--checkpoint: {error}") from None
 
 
-def _architecture(run: RunFolder) -> nn.Module:
+def _architecture(run: RunFolder) -> Model:
     """The model of the run with weights still to be read, by what a finished run says of it, or by
     what was written when the training began.
     """
@@ -85,7 +86,7 @@ def _architecture(run: RunFolder) -> nn.Module:
         names = f"{run.info.name} nor {run.start.name}"
         raise UserError(f"--checkpoint: {run.path} has neither {names}")
     model = build_described(description, file)
-    if not all(hasattr(model, name) for name in ("spec", "to_images")):
+    if not isinstance(model, Model):
         raise UserError(f"--run: {run.path} is a classifier, which makes no images")
     return model
 

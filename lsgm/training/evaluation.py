@@ -69,7 +69,7 @@ def evaluate_vae(
     """
     train, world, spec = context.config, context.world, model.spec
     shared: dict[str, Any] = {
-        "num_bits": model.vae_config.num_x_bits,
+        "num_bits": model.num_bits,
         "batch_size": _batch_size(context),
         "binarisation_seed": data.eval_binarisation_seed,
         "device": world.device,
@@ -137,23 +137,15 @@ def evaluate_score_model(
 
 def _data_samples(model: DataSGM, context: EvalContext) -> Tensor:
     """Images ``(N, C, H, W)`` by the recommended sampler, of all classes in turn."""
-    solver, times = model.default_solver()
+    sampler = model.default_sampler()
 
     def draw(rows: Sequence[int], done: Callable[[int], None]) -> Tensor:
         classes = model.num_classes
         labels = None if classes is None else torch.tensor(rows) % classes
         rng = RowGenerators.of(context.config.seed, rows)
-        solution = model.sample(
-            len(rows),
-            rng,
-            solver=solver,
-            times=times,
-            labels=labels,
-            callback=lambda _: done(1),
-        )
-        return model.decode_state(solution.x)
+        return model.draw(len(rows), rng, sampler, labels=labels, callback=lambda _: done(1)).images
 
-    parts = _own_parts(context, DATA_SAMPLES)
+    parts, times = _own_parts(context, DATA_SAMPLES), sampler.times_for(model.sde)
     with context.bar("steps of samples", len(parts) * (len(times) - 1)) as done:
         images = [_or_nan(lambda part: draw(part, done), rows, model.spec) for rows in parts]
     return gather_rows(torch.cat([torch.empty(0), *images]), context.world)

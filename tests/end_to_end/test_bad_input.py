@@ -365,7 +365,7 @@ def test_outputs_are_checked_before_the_work(tiny, tmp_path, monkeypatch):
     def work(*arguments):
         pytest.fail("the work began")
 
-    monkeypatch.setattr("lsgm.sampling.draw.iterate_samples", work)
+    monkeypatch.setattr("lsgm.commands.sample.iterate_samples", work)
     monkeypatch.setattr("lsgm.evaluation.report.evaluate.evaluate_run", work)
     below, folder, long = tmp_path / "file" / "x.png", tmp_path / "f.png", f"{'x' * 300}.png"
     folder.mkdir()

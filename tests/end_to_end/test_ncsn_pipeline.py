@@ -11,9 +11,10 @@ from tiny import call, checkpoint, log_lines, same
 import lsgm
 from lsgm.data import build_datasets
 from lsgm.divergence import HutchinsonDivergence
-from lsgm.evaluation.likelihood.images import ode_data_likelihood
 from lsgm.models.classifier import ImageClassifier
+from lsgm.models.image_likelihood import ode_data_likelihood
 from lsgm.models.images import DataSGM
+from lsgm.models.loading import load_classifier
 from lsgm.models.release import load_data_config
 from lsgm.training.runs.launch import OpenRun
 
@@ -104,7 +105,7 @@ def test_load_gives_the_model_that_was_evaluated(trained):
     """The evaluation at the end of the training, repeated on what `lsgm.load` returns."""
     for name, kind in (("ncsn", DataSGM), ("sde", DataSGM), ("judge", ImageClassifier)):
         run = trained[name][0]
-        model = lsgm.load(run)
+        model = (load_classifier if kind is ImageClassifier else lsgm.load)(run)
         assert isinstance(model, kind) and not model.training
         assert model.kind == {"ncsn": "ncsn", "sde": "score_sde", "judge": "classifier"}[name]
         assert model.spec.binary is False and load_data_config(run).name == "digits"
@@ -113,9 +114,13 @@ def test_load_gives_the_model_that_was_evaluated(trained):
     # a sample by the recommended sampler, of chosen classes
     model = lsgm.load(trained["sde"][0])
     draws = [
-        model.sample(
-            3, torch.Generator().manual_seed(0), labels=torch.full((3,), c), guidance=2.0
-        ).x
+        model.draw(
+            3,
+            torch.Generator().manual_seed(0),
+            model.default_sampler(),
+            labels=torch.full((3,), c),
+            guidance=2.0,
+        ).images
         for c in (1, 1, 7)
     ]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,7 @@ import lsgm
 from lsgm.discrete_noise import BetaTable
 from lsgm.importers.formats import IMPORTERS, detect_format
 from lsgm.models.images import DataSGM
-from lsgm.sampling.draw import draw_batch
-from lsgm.sampling.sampler import SolverOptions, choose_solver
+from lsgm.sampling.sampler import SolverOptions, build_sampler
 from lsgm.sde import VESDE
 from lsgm.solvers import Hook
 
@@ -67,7 +67,8 @@ def test_noisy_images(given: Arrays, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.mark.parametrize("given", fixtures(FILES))
 def test_tables(given: Arrays, tmp_path_factory: pytest.TempPathFactory) -> None:
     model, steps = imported(given, tmp_path_factory), int(given["num_inference_steps"])
-    solver, times = sampler(model, given)
+    own = sampler(model, given)
+    solver, times = own.method, own.times
     if "betas" in given:
         assert isinstance(model.levels, BetaTable)
         close(model.levels.betas, given["betas"], 1e-6)
@@ -85,7 +86,7 @@ def sampler(model: DataSGM, given: Arrays):  # type: ignore[no-untyped-def]
     each = model.defaults.nfe // (2000 if isinstance(model.sde, VESDE) else 1000)
     nfe = int(given["num_inference_steps"]) * each
     chosen = SolverOptions(solver=model.defaults.solver, nfe=nfe, grid="time")
-    return choose_solver(model, chosen)
+    return build_sampler(model, chosen)
 
 
 class Recorder(Hook):
@@ -106,13 +107,13 @@ def test_sampler(
 ) -> None:
     """With the stored noise the states and the image are those of the package's loop."""
     model = imported(given, tmp_path_factory)
-    solver, times = sampler(model, given)
+    own = sampler(model, given)
     draws = list(given["run_noise"])
     high = model.sde.sigma2_max**0.5 if isinstance(model.sde, VESDE) else 1.0
     monkeypatch.setattr("lsgm.solvers.base.randn", Replay(draws[1:]))
     monkeypatch.setattr(model, "prior_start", lambda *a: high * draws[0])
     recorder = Recorder()
-    batch = draw_batch(model, 1, None, solver, times, hooks=[recorder])
+    batch = model.draw(1, None, replace(own, hooks=[recorder]))
     expected = given["states"]
     if "final_mean" in given:  # the last state is without the noise of the package's last step
         close(recorder.states[-1], given["final_mean"], 1e-5, "mean")
@@ -128,7 +129,8 @@ def test_the_scheduler_is_the_default_sampler(
 ) -> None:
     model, scheduler = imported(given, tmp_path_factory), json.loads(given.text("scheduler_config"))
     chosen = model.defaults
-    solver, times = model.default_solver()
+    own = model.default_sampler()
+    solver, times = own.method, own.times
     assert len(times) == scheduler["num_train_timesteps"]
     assert solver.evaluations(len(times) - 1) == chosen.nfe
     if "betas" in given:

@@ -26,7 +26,7 @@ def published_factor(mode: str, case: ArraySet) -> float:
     """
     sde = case.sde
     if mode.endswith("_uniform") or mode == "rescale_iw":
-        return 1 / (1 - sde.t_min)
+        return 1 / (1 - sde.time_eps)
     if mode == "drop_all_iw" and case.kind in ("vpsde", "subvpsde"):
         q = sde.beta_start / (sde.beta_end - sde.beta_start)
         return math.exp(q * (1 - sde.beta_start) / 2)

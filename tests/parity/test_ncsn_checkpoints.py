@@ -6,6 +6,7 @@ Ours have images in [-1, 1], so that noise is twice and scores are half as large
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,7 @@ from lsgm.importers.formats import IMPORTERS, detect_format
 from lsgm.models.images import DataSGM
 from lsgm.networks.ncsn import NCSN
 from lsgm.objectives import denoising_score_matching
-from lsgm.sampling.draw import draw_batch
-from lsgm.sampling.sampler import SolverOptions, choose_solver
+from lsgm.sampling.sampler import SolverOptions, build_sampler
 from lsgm.score_matching import sliced_error
 from lsgm.solvers import AnnealedLangevin, Hook, times_of_noise_levels
 from lsgm.tensors import expand_like
@@ -171,7 +171,8 @@ def test_annealed_langevin(
     """
     model = sampling_model(given, tmp_path_factory)
     each = int(given["ald_steps_each"])
-    solver, times = choose_solver(model, SolverOptions(steps_per_level=each))
+    sampler = build_sampler(model, SolverOptions(steps_per_level=each))
+    solver = sampler.method
     assert isinstance(solver, AnnealedLangevin) and model.ladder is not None
     step = float(given["ald_step_lr"]) / float(given["sigmas"][-1].double()) ** 2
     assert solver.step_ratio == pytest.approx(2 * step, rel=1e-6)
@@ -180,7 +181,7 @@ def test_annealed_langevin(
     monkeypatch.setattr("lsgm.solvers.base.randn", Replay(given["ald_noise"]))
     monkeypatch.setattr(model, "prior_start", lambda *a: 2 * given["ald_start"] - 1)
     recorder = Recorder()
-    batch = draw_batch(model, 1, None, solver, times, hooks=[recorder])
+    batch = model.draw(1, None, replace(sampler, hooks=[recorder]))
     states = torch.stack(recorder.states[: len(given["ald_states"])])
     close((states + 1) / 2, given["ald_states"], 1e-4, "states")
     assert batch.nfe == len(given["ald_states"]) + ("ald_denoised" in given)
@@ -201,7 +202,7 @@ def test_the_published_sampler_is_the_default(
     model = sampling_model(given, tmp_path_factory)
     chosen = model.defaults
     assert (chosen.solver, chosen.grid) == ("langevin", "ladder")
-    assert model.sampler.start == "uniform"
+    assert model.sampler_config.start == "uniform"
     if "score" in given:
         assert chosen.options["steps_per_level"] == 100 and not chosen.options["denoise"]
     else:

@@ -105,7 +105,7 @@ def density(mode: str, sde: LinearSDE) -> Callable[[Tensor], Tensor]:
         return density(mode, sde.vpsde)  # iw_subvp_like_vp_sde
 
     def total(t: Tensor) -> Tensor:
-        return 1 - sde.initial_var + sde.var(t) if exploding else torch.ones_like(t)
+        return 1 - sde.sigma2_0 + sde.var(t) if exploding else torch.ones_like(t)
 
     def remaining(t: Tensor) -> Tensor:
         return 1 / total(t) if exploding else sde.one_minus_var(t)
@@ -182,11 +182,11 @@ def test_objective_of_each_mode(
     allowed = 1e-6 + 1e-4 * t + published.time_rounding(t)
     assert ((t - arrays[f"obj_{mode}_t"]).abs() <= allowed).all()
     heights = density(mode, sde)
-    size = integrate(heights, sde.t_min)
+    size = integrate(heights, sde.time_eps)
     inverse_density = size / heights(t)
     for image, rho in enumerate(arrays["obj_rho"]):
-        ends = torch.linspace(sde.t_min, t[image].item(), 200, dtype=torch.float64)
-        assert integrate(heights, sde.t_min, ends) / size == pytest.approx(rho.item(), abs=1e-6)
+        ends = torch.linspace(sde.time_eps, t[image].item(), 200, dtype=torch.float64)
+        assert integrate(heights, sde.time_eps, ends) / size == pytest.approx(rho.item(), abs=1e-6)
         losses = losses_of(fixture, weights, mode, image, monkeypatch)
         weighted = losses.cross_entropy - constant
         p, q = losses.prior.item(), weighted.sum().item()
@@ -195,7 +195,7 @@ def test_objective_of_each_mode(
         recorded = arrays[f"obj_{mode}_p_{weights}"][image].item()
         assert factor * p == pytest.approx(recorded, rel=1e-4 + digits)
         recorded = arrays[f"obj_{mode}_ce_{weights}"][image].item()
-        recorded_q = recorded - weighted.numel() * published.constant(sde.t_min)
+        recorded_q = recorded - weighted.numel() * published.constant(sde.time_eps)
         sums = 1e-6 * abs(recorded)  # of which the recorded float32 number is the difference
         assert factor * q == pytest.approx(recorded_q, rel=1e-4 + digits, abs=sums)
         z0, eps = (arrays[f"obj_{key}"][image : image + 1].double() for key in ("z0", "noise"))

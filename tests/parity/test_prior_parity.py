@@ -114,8 +114,8 @@ def test_cross_entropy_constant(path: Path) -> None:
     fixture = prior_fixture(path)
     sde, published = fixture.scores["ema"].sde, fixture.published
     expected = fixture.arrays["ce_const"].item()
-    assert published.constant(sde.t_min) == pytest.approx(expected, rel=1e-5, abs=1e-6)
-    rounding = published.rounding(torch.tensor(sde.t_min, dtype=torch.float64)).item()
+    assert published.constant(sde.time_eps) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    rounding = published.rounding(torch.tensor(sde.time_eps, dtype=torch.float64)).item()
     assert sde.cross_entropy_constant() == pytest.approx(
         expected, rel=1e-6, abs=1e-6 + 0.5 * rounding
     )

@@ -27,6 +27,7 @@ from lsgm.objectives import denoising_score_matching
 from lsgm.solvers import DiscretePredictorCorrector, base, make_solver
 from lsgm.solvers.base import Problem, probability_flow_velocity
 from lsgm.solvers.discrete import table_at
+from lsgm.solvers.sampler import Sampler
 from lsgm.tensors import expand_like, sum_except_batch
 from lsgm.training.stages.score import ScoreStage
 from lsgm.weighting import make_weighting
@@ -308,7 +309,9 @@ def test_short_runs(fixture: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (base, lsgm.sde):
         monkeypatch.setattr(module, "randn", lambda *_, **__: left.pop(0))
     whole = DiscretePredictorCorrector(**{**vars(solver), "denoise": True})
-    sample = model.sample(len(start), solver=whole, times=times)
+    sampler = Sampler(whole, times=times)
+    first = model.prior_start(len(start), None, solver=whole)
+    sample = sampler.solve(model.sde, model.eps_fn(), first)
     close(model.to_images(sample.x), fixture["short_image"], 1e-3)
     calls = solver.corrector_steps + (solver.predictor is not None)
     assert sample.nfe == n * calls == whole.evaluations(n - 1)
@@ -330,7 +333,8 @@ def test_imported_runs_carry_the_published_sampler(fixture: Fixture, tmp_path: A
     save_config(fixture.config, tmp_path / "config.yaml")
     import_score_sde(fixture.checkpoint, tmp_path / "run", config=tmp_path / "config.yaml")
     model = lsgm.load(tmp_path / "run")
-    solver, times = model.default_solver()
+    sampler = model.default_sampler()
+    solver, times = sampler.method, sampler.times
     expected = published(fixture)
     sampling = fixture.options["sampling"]
     assert isinstance(solver, DiscretePredictorCorrector)

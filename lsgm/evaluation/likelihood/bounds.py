@@ -11,7 +11,6 @@ within their tolerance.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -24,7 +23,7 @@ from lsgm.data import Batches, DataSpec, ImageDataset, fixed_binarisation, prepr
 from lsgm.divergence import make_divergence
 from lsgm.evaluation.likelihood.tails import warn_of_tail
 from lsgm.likelihood import ode_log_density, tolerance_convergence
-from lsgm.models.images import DataSGM
+from lsgm.models.base import Estimate, Model
 from lsgm.models.latent import LSGM, NELBO, VAEModel
 from lsgm.tensors import sum_except_batch
 from vae.objective import bits_per_dim, importance_weighted_bound, standard_normal_log_prob
@@ -45,24 +44,6 @@ __all__ = [
     "posterior_draw",
     "with_generators",
 ]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over images with its standard error, both in nats an image (None: a single image)."""
-
-    mean: float
-    standard_error: float | None
-
-    @classmethod
-    def of(cls, values: Tensor) -> Estimate:
-        """From one value per image, ``(N,)``."""
-        spread = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
-        return cls(values.mean().item(), spread)
-
-    def __str__(self) -> str:
-        spread = "n/a" if self.standard_error is None else f"{self.standard_error:.2f}"
-        return f"{self.mean:.2f} +- {spread}"
 
 
 @dataclass(frozen=True)
@@ -160,7 +141,7 @@ class Values:
     :func:`lsgm.evaluation.likelihood.tails.tail_share`."""
 
     def report(
-        self, model: VAEModel | DataSGM, bound: str, estimator: str, start: float, **settings: Any
+        self, model: Model, bound: str, estimator: str, start: float, **settings: Any
     ) -> LikelihoodReport:
         per_image = torch.cat(self.total)
         nats = Estimate.of(per_image)
@@ -257,14 +238,14 @@ def nelbo(
     """
     start = time.perf_counter()
     values = nelbo_values(model, batches, samples=samples, seed=seed, callback=callback)
-    prior = "score-based prior" if isinstance(model, LSGM) else "N(0, I) prior"
-    estimator = (
-        "importance-sampled variational cross-entropy"
-        if isinstance(model, LSGM)
-        else "analytic prior"
-    )
     return values.report(
-        model, f"NELBO, {prior}", estimator, start, samples=samples, seed=seed, **settings
+        model,
+        model.bound_name,
+        model.estimator,
+        start,
+        samples=samples,
+        seed=seed,
+        **settings,
     )
 
 
@@ -272,7 +253,7 @@ def normal_nelbo(model: LSGM, batches: Iterable[Tensor], **options: Any) -> Like
     """:func:`nelbo` of an LSGM's own VAE under N(0, I): what the same weights give without the
     score-based prior.
     """
-    return nelbo(VAEModel(model.vae, model.spec, model.vae_config), batches, **options)
+    return nelbo(model.under_normal(), batches, **options)
 
 
 @torch.no_grad()
@@ -292,9 +273,9 @@ def iw_bound(
     bias the bound.
     """
     start = time.perf_counter()
-    values = Values()
+    values, model = Values(), model.under_normal()
     for x, rng in with_generators(batches, seed):
-        log_w = torch.stack([-VAEModel.nelbo(model, x, rng).total for _ in range(k)])
+        log_w = torch.stack([-model.nelbo(x, rng).total for _ in range(k)])
         values.total.append(-importance_weighted_bound(log_w).cpu())
         if callback:
             callback(len(x))

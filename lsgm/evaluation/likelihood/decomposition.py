@@ -14,9 +14,7 @@ from torch import Tensor
 from lsgm.evaluation.likelihood.bounds import Estimate, with_generators
 from lsgm.evaluation.likelihood.importance import convergence, iw_of_groups
 from lsgm.models.latent import LSGM, VAEModel
-from lsgm.objectives import latent_cross_entropy
 from lsgm.tensors import sum_except_batch
-from lsgm.weighting import make_weighting
 from vae.objective import bounds, elbo
 from vae.random import Rng
 
@@ -70,14 +68,15 @@ def decompose(model: VAEModel, batches: Iterable[Tensor], *, seed: int = 0) -> D
     2106.05931, eq. 8, at one importance-sampled time an image.
     """
     reconstruction, groups, joint = [], [], []
-    coarse = model.vae.num_groups_per_scale if isinstance(model, LSGM) else 0
+    prior = model.diffusion
+    coarse = 0 if prior is None else prior.state_groups
     for x, rng in with_generators(batches, seed):
         output = model.vae(x, rng=rng)
         parts = elbo(model.vae, output, x)
         reconstruction.append(parts.reconstruction.double().cpu())
         groups.append(parts.kl.double().cpu())
-        if isinstance(model, LSGM):
-            joint.append(_joint_kl(model, output.posterior, rng).cpu())
+        if prior is not None:
+            joint.append(_joint_kl(prior, output.posterior, rng).cpu())
     recon, kl = torch.cat(reconstruction), torch.cat(groups)
     terms = [Term("reconstruction", "-log p(x | z)", Estimate.of(recon))]
     normal = [
@@ -106,18 +105,9 @@ def decompose(model: VAEModel, batches: Iterable[Tensor], *, seed: int = 0) -> D
 
 def _joint_kl(model: LSGM, posterior: Any, rng: Rng) -> Tensor:
     """``log q - log p`` of the coarsest scale under the score-based prior: ``(B,)``, nats."""
-    likelihood = make_weighting("likelihood")
-    top = model.vae.concat_top(posterior.eps).float()
-    proposal = model.evaluation_times()
-    times = proposal.sample(len(top), rng, stratified=True, device=top.device)
-    bound = latent_cross_entropy(
-        model.sde, model.score, top, times, likelihood, rng, control_variate=model.control_variate
-    ).bound
-    log_q = sum(
-        sum_except_batch(part.double())
-        for part in posterior.log_q[: model.vae.num_groups_per_scale]
-    )
-    return bound + log_q
+    bound = model.prior_cross_entropy(model.vae.concat_top(posterior.eps).float(), rng).bound
+    log_q = [sum_except_batch(part.double()) for part in posterior.log_q[: model.state_groups]]
+    return bound + sum(log_q)
 
 
 @dataclass(frozen=True)
@@ -154,9 +144,9 @@ def bound_curves(
     log_w = torch.cat(weights, dim=1)
     num = log_w.shape[1]
     values = tuple(Estimate.of(iw_of_groups(log_w, n)) for n in ks)
-    if not isinstance(model, LSGM):
+    if model.diffusion is None:
         return (BoundCurve("IW-k, N(0, I) prior", ks, values, num, seed),)
-    rows = convergence(model, batches, k=ks, steps=(steps,), seed=seed)
+    rows = convergence(model.diffusion, batches, k=ks, steps=(steps,), seed=seed)
     own = BoundCurve(
         f"IW-k, score-based prior, paths of {steps} steps",
         ks,

@@ -68,8 +68,8 @@ def iw(
     """IW-``k`` under the model's own prior: :func:`path_iw_bound` of an LSGM with ``steps`` steps,
     :func:`lsgm.evaluation.likelihood.bounds.iw_bound` of a VAE.
     """
-    if isinstance(model, LSGM):
-        return path_iw_bound(model, batches, k=k, steps=steps, **options)
+    if model.diffusion is not None:
+        return path_iw_bound(model.diffusion, batches, k=k, steps=steps, **options)
     return iw_bound(model, batches, k=k, **options)
 
 

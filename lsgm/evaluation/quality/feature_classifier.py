@@ -94,9 +94,7 @@ class TrainedClassifier:
 
 def unpadded(dataset: ImageDataset, spec: DataSpec, index: Tensor) -> Tensor:
     """Images ``(b, C, H, W)`` in [0, 1] at ``index``, without the network's padding."""
-    images = dataset.batch(index)
-    p = spec.padding
-    return images[..., p : images.shape[-2] - p, p : images.shape[-1] - p]
+    return spec.unpad(dataset.batch(index))
 
 
 def data_hash(dataset: ImageDataset, limit: int | None = None) -> str:

@@ -52,8 +52,8 @@ from lsgm.evaluation.quality.features import (
     make_extractor,
 )
 from lsgm.evaluation.quality.options import QualityOptions
-from lsgm.models.latent import VAEModel
-from lsgm.sampling.draw import Samples, draw_samples
+from lsgm.models.base import Model, Samples
+from lsgm.sampling.draw import draw_samples
 from lsgm.sampling.sampler import SolverOptions
 from lsgm.solvers import make_solver
 from lsgm.system.files import atomic_write, json_text
@@ -282,12 +282,9 @@ def scored_images(images: Tensor, spec: DataSpec, convention: str, seed: int) ->
     return images
 
 
-def _pixels(model: Any, spec: DataSpec, convention: str) -> AbstractContextManager[None]:
+def _pixels(model: Model, spec: DataSpec, convention: str) -> AbstractContextManager[None]:
     """Under the convention ``draws``, an autoregressive decoder draws its pixels itself."""
-    if spec.binary and convention == DRAWS and isinstance(model, VAEModel):
-        if model.vae.context is not None:
-            return model.drawn_pixels()
-    return nullcontext()
+    return model.drawn_pixels() if spec.binary and convention == DRAWS else nullcontext()
 
 
 def _convention_in_words(spec: DataSpec, convention: str, seed: int) -> str:
@@ -349,17 +346,18 @@ def _with_fixed_steps(sampling: SolverOptions) -> SolverOptions:
     """
     if sampling.solver is None or make_solver(sampling.solver).evaluations(1) is not None:
         return sampling
-    return replace(sampling, solver=None, tolerance=None)
+    none: dict[str, Any] = {"tolerance": None}
+    return replace(sampling, solver=None, **none)
 
 
 def sample_quality(
-    model: Any,
+    model: Model,
     datasets: Datasets,
     options: QualityOptions,
     sampling: SolverOptions,
     data: DataConfig | None = None,
     *,
-    draw: Callable[[Any, int, SolverOptions], Samples] = draw_samples,
+    draw: Callable[[Model, int, SolverOptions], Samples] = draw_samples,
 ) -> SampleQualityReport:
     """Draw ``options.num`` images from ``model`` and score them against the test images.
 

@@ -11,7 +11,7 @@ import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from lsgm.evaluation.quality.feature_classifier import data_hash, unpadded
 from lsgm.evaluation.quality.scores import SampleQualityReport, sample_quality
 from lsgm.evaluation.report.options import EvaluateOptions
 from lsgm.evaluation.report.published import PublishedTable, published_for
+from lsgm.models.base import Model
 from lsgm.models.latent import VAEModel
 from lsgm.models.release import WEIGHTS
 
@@ -94,7 +95,7 @@ class Details:
 
 
 def examine(
-    model: Any,
+    model: Model,
     folder: Path,
     data: DataConfig,
     datasets: Datasets,
@@ -108,24 +109,25 @@ def examine(
     """
     decomposition: Decomposition | None = None
     curves: tuple[BoundCurve, ...] = ()
-    if isinstance(model, VAEModel):
+    if model.has_latents:
         dataset = datasets.test if options.split == "test" else datasets.train
 
         def batches(limit: int | None) -> ImageBatches:
             return evaluation_batches(
                 dataset,
                 model.spec,
-                num_bits=model.vae_config.num_x_bits,
+                num_bits=model.num_bits,
                 batch_size=options.batch_size,
                 limit=limit,
                 binarisation_seed=data.eval_binarisation_seed,
                 device=model.device,
             )
 
-        decomposition = decompose(model, batches(options.limit), seed=options.seed)
+        latent = cast(VAEModel, model)
+        decomposition = decompose(latent, batches(options.limit), seed=options.seed)
         if options.iw:
             fewest = min(options.iw_images, options.limit or options.iw_images)
-            curves = bound_curves(model, batches(fewest), k=options.iw, seed=options.seed)
+            curves = bound_curves(latent, batches(fewest), k=options.iw, seed=options.seed)
     quality = None
     if options.quality.extractor:
         quality = sample_quality(model, datasets, options.quality, options.sampling, data)
@@ -137,25 +139,8 @@ def examine(
         published_for(datasets.spec.name),
         len(datasets.test),
         how_to_repeat(model, folder, data, datasets, options),
-        model_in_words(model),
+        model.in_words(),
     )
-
-
-def model_in_words(model: Any) -> str:
-    """Size, latents and decoder of a model, as a reader of its likelihood has to know them."""
-    words = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
-    if not isinstance(model, VAEModel):
-        return words
-    shapes = [" x ".join(map(str, shape)) for shape in model.vae.latent_shapes]
-    groups = ", ".join(f"{shapes.count(shape)} of {shape}" for shape in dict.fromkeys(shapes))
-    context = model.vae.context
-    pixels = (
-        "pixels independent given the latents"
-        if context is None
-        else "autoregressive: a pixel sees the latents and the pixels before it, up to "
-        f"{context.reach} rows above and columns aside"
-    )
-    return f"{words}; latent groups: {groups}; decoder {model.vae.decoder_dist}, {pixels}"
 
 
 def neighbours_of(samples: Tensor, datasets: Datasets, *, k: int = 5) -> NeighbourSummary:
@@ -188,7 +173,7 @@ def _nearest(queries: Tensor, train: ImageDataset, spec: DataSpec, k: int) -> Ne
 
 
 def how_to_repeat(
-    model: Any, folder: Path, data: DataConfig, datasets: Datasets, options: EvaluateOptions
+    model: Model, folder: Path, data: DataConfig, datasets: Datasets, options: EvaluateOptions
 ) -> dict[str, Any]:
     """Everything that the numbers of a report depend on, as plain values for JSON."""
     return {

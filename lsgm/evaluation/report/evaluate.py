@@ -30,7 +30,8 @@ from lsgm.evaluation.likelihood.importance import exact_iw_bound, iw
 from lsgm.evaluation.report.details import Details, examine
 from lsgm.evaluation.report.document import write_report
 from lsgm.evaluation.report.options import EvaluateOptions
-from lsgm.models.latent import LSGM, VAEModel
+from lsgm.models.base import Model
+from lsgm.models.latent import VAEModel
 from lsgm.models.loading import load, require_run
 from lsgm.models.release import load_data_config, read_description
 from lsgm.sampling.draw import draw_samples
@@ -145,23 +146,19 @@ def evaluate_run(folder: Path, options: EvaluateOptions, out: Path | None = None
     return report
 
 
-def applies(name: str, model: Any) -> bool:
+def applies(name: str, model: Model) -> bool:
     """Whether a metric is defined for a model: ``normal``, ``ode`` and ``iw_exact`` need a
     score-based prior on latents, ``nelbo`` and ``iw`` latents, and those of :data:`DATA_METRICS` a
     model of the images themselves.
     """
-    if name in DATA_METRICS or not isinstance(model, VAEModel):
-        return name in DATA_METRICS and not isinstance(model, VAEModel)
-    return name in ("nelbo", "iw") or isinstance(model, LSGM)
-
-
-def _num_bits(model: Any) -> int:
-    return model.vae_config.num_x_bits if isinstance(model, VAEModel) else 8
+    if name in DATA_METRICS or not model.has_latents:
+        return name in DATA_METRICS and not model.has_latents
+    return name in ("nelbo", "iw") or model.diffusion is not None
 
 
 def _run_metric(
     name: str,
-    model: Any,
+    model: Model,
     datasets: Datasets,
     data: DataConfig,
     options: EvaluateOptions,
@@ -171,7 +168,7 @@ def _run_metric(
     batches = evaluation_batches(
         dataset,
         model.spec,
-        num_bits=_num_bits(model),
+        num_bits=model.num_bits,
         batch_size=options.batch_size,
         limit=options.limit,
         binarisation_seed=data.eval_binarisation_seed,
@@ -202,7 +199,7 @@ def _run_metric(
 def write_pictures(
     folder: Path,
     out: Path,
-    model: Any,
+    model: Model,
     datasets: Datasets,
     samples: Tensor,
     options: EvaluateOptions,
@@ -212,11 +209,11 @@ def write_pictures(
     """
     out.mkdir(parents=True, exist_ok=True)
     save_grid(image_grid(samples), out / "samples.png")
-    if isinstance(model, VAEModel):
+    if model.has_latents:
         shown = evaluation_batches(
             datasets.test,
             model.spec,
-            num_bits=_num_bits(model),
+            num_bits=model.num_bits,
             batch_size=50,
             limit=50,
             device=model.device,
@@ -224,7 +221,7 @@ def write_pictures(
         x, rng = next(with_generators(shown, options.seed))
         with torch.no_grad():
             reconstructed = model.reconstruct(x, rng)
-        grid = reconstruction_grid(model.to_images(x), reconstructed)
+        grid = reconstruction_grid(model.unpad((x + 1) / 2), reconstructed)
         save_grid(grid, out / "reconstructions.png")
     metrics = folder / "metrics.jsonl"
     if metrics.is_file():

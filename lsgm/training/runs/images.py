@@ -65,7 +65,7 @@ def _train_score(config: NCSNTrainConfig, run: OpenRun[Datasets]) -> None:
     datasets, world = run.datasets, run.world
     score = fit_noise(config.kind, config.score, datasets)
     model = build_data_model(config.kind, score, config.sampler, datasets.spec)
-    model.default_solver()  # a mistake in the section shows before the training
+    model.default_sampler()  # a mistake in the section shows before the training
     stage = ScoreStage(model, **asdict(config.objective))
     if world.is_main:
         print(_summary(model, config), flush=True)

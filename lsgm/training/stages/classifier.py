@@ -31,7 +31,7 @@ class ClassifierStage(Stage):
         super().__init__()
         self.model = model
         self.label_smoothing = label_smoothing
-        self.proposal = UniformTimes(model.sde.t_min)
+        self.proposal = UniformTimes(model.sde.time_eps)
 
     def trainables(self) -> dict[str, nn.Module]:
         return {"classifier": self.model.network}

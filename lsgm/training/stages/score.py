@@ -1,7 +1,7 @@
 """Training of a score model in data space, NCSN's and score-SDE's alike.
 
 Both are the weighted squared error of the noise (:func:`lsgm.score_matching.score_loss`); they
-differ in the times: a list of noise levels, or a density on [t_min, 1].
+differ in the times: a list of noise levels, or a density on [time_eps, 1].
 """
 
 from __future__ import annotations
