@@ -307,7 +307,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, float]]:
     values: dict[int, float] = {}
     digits = build_datasets(DataConfig())
     few = replace(digits, train=ArrayDataset(digits.train.batch(torch.arange(16))))
-    monkeypatch.setattr("lsgm.training.runs.launch.build_datasets", lambda _: few)
+    monkeypatch.setattr("lsgm.training.runs.latent.build_datasets", lambda _: few)
 
     def evaluate(*arguments: object) -> dict[str, float]:
         (context,) = (a for a in arguments if isinstance(a, EvalContext))
