@@ -7,10 +7,11 @@ give :meth:`nelbo` of images, in nats, part by part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -194,6 +195,17 @@ class VAEModel(Model):
         """The same VAE under N(0, I)."""
         return self
 
+    def with_weights(self, sides: Mapping[str, nn.Module]) -> VAEModel:
+        """The model in eval mode with other weights (their running average) for the trained
+        ``sides``, ``vae`` or ``prior``.
+        """
+        vae = cast(HierarchicalVAE, sides.get("vae", self.vae))
+        return VAEModel(vae, self.spec, self.vae_config).eval()
+
+    def as_released(self) -> VAEModel:
+        """The model without what is for training only."""
+        return self
+
     def sample_latents(self, num: int, rng: Rng, temperature: float = 1.0) -> list[Tensor]:
         """Latents of all groups from N(0, temperature^2 I), coarsest first."""
         return self._sample_groups(self.vae.latent_shapes, num, rng, temperature)
@@ -331,6 +343,21 @@ class LSGM(DiffusionModel, VAEModel):
         that a prior far from N(0, I) gives no bound that is too low in most samples.
         """
         return make_proposal("mixture", self.sde, make_weighting("likelihood"))
+
+    def with_weights(self, sides: Mapping[str, nn.Module]) -> LSGM:
+        vae = cast(HierarchicalVAE, sides.get("vae", self.vae))
+        score = cast(MixedNormalScore, sides["prior"])
+        return LSGM(vae, score, self.spec, self.vae_config, self.prior_config).eval()
+
+    def as_released(self) -> LSGM:
+        """The model without the mask of the inactive channels if that is for training only, as in
+        published checkpoints, which do not hold it.
+        """
+        if self.prior_config.inactive_mask == "kept":
+            return self
+        score = copy.deepcopy(self.score)
+        score.channel_mask.fill_(1.0)
+        return LSGM(self.vae, score, self.spec, self.vae_config, self.prior_config)
 
     def under_normal(self) -> VAEModel:
         """The VAE alone, under N(0, I)."""

@@ -36,7 +36,6 @@ from lsgm.training.context import EvalContext, Evaluate
 from lsgm.training.distributed import distributed, gather_rows, on_main
 from lsgm.training.evaluation import evaluate_score_model, evaluate_vae
 from lsgm.training.precision import autocast
-from lsgm.training.runs.latent import with_weights
 from lsgm.training.runs.launch import OpenRun, Training, open_run
 from lsgm.training.runs.resume import Resume
 from lsgm.training.stages.generic import AutoencoderStage, GenericScoreStage
@@ -284,11 +283,11 @@ def _(model: DataSGM, config: FitConfig, run: OpenRun[_Data]) -> Training:
 @_training.register
 def _(model: VAEModel, config: FitConfig, run: OpenRun[_Data]) -> Training:
     def evaluate(context: EvalContext) -> Mapping[str, float | None]:
-        averaged = with_weights(model, context.models)
+        averaged = model.with_weights(context.models)
         return evaluate_vae(averaged, _image_sets(run, model), DataConfig(), context)
 
     def release(state: TrainState, notes: dict[str, Any]) -> None:
-        save(with_weights(model, state.evaluation_models()), run.folder.path, None, notes)
+        save(model.with_weights(state.evaluation_models()), run.folder.path, None, notes)
 
     stage: Stage
     if isinstance(model, LSGM):

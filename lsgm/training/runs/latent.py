@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -18,7 +17,6 @@ from lsgm.errors import UserError
 from lsgm.models.latent import LSGM, VAEModel, build_prior, build_vae
 from lsgm.models.loading import build_described, load
 from lsgm.models.release import save
-from lsgm.score import MixedNormalScore
 from lsgm.sde import largest_squared_distance
 from lsgm.system.curves import learning_curves, read_metrics
 from lsgm.system.files import RunFolder
@@ -29,7 +27,6 @@ from lsgm.training.runs.launch import OpenRun, Training, open_run
 from lsgm.training.runs.resume import Resume
 from lsgm.training.stages.latent import LSGMStage, VAEStage
 from lsgm.training.state import Stage, TrainState
-from vae import HierarchicalVAE
 from vae.objective import active_channels, kl_per_channel
 
 __all__ = [
@@ -183,11 +180,11 @@ def _fit(
     datasets = run.datasets
 
     def evaluate(context: EvalContext) -> Mapping[str, float | None]:
-        averaged = with_weights(model, context.models)
+        averaged = model.with_weights(context.models)
         return evaluate_vae(averaged, datasets, data, context)
 
     def release(state: TrainState, notes: dict[str, Any]) -> None:
-        averaged = _unmasked(with_weights(model, state.evaluation_models()))
+        averaged = model.with_weights(state.evaluation_models()).as_released()
         save(averaged, run.folder.path, data, notes)
 
     def draw_curves(folder: RunFolder) -> None:
@@ -196,28 +193,6 @@ def _fit(
         learning_curves(lines, folder.path / "curves.png", num_dims=num_dims)
 
     run.train(Training(stage, model, optims, release, evaluate, draw_curves))
-
-
-def with_weights(model: VAEModel, sides: Mapping[str, torch.nn.Module]) -> VAEModel:
-    """The model with other weights (their running average) for the sides that have been trained."""
-    vae = cast(HierarchicalVAE, sides.get("vae", model.vae))
-    if isinstance(model, LSGM):
-        score = cast(MixedNormalScore, sides["prior"])
-        averaged: VAEModel = LSGM(vae, score, model.spec, model.vae_config, model.prior_config)
-    else:
-        averaged = VAEModel(vae, model.spec, model.vae_config)
-    return averaged.eval()
-
-
-def _unmasked(model: VAEModel) -> VAEModel:
-    """The model as it is released: without the mask of the inactive channels if that is for
-    training only, as in published checkpoints, which do not hold it.
-    """
-    if not isinstance(model, LSGM) or model.prior_config.inactive_mask == "kept":
-        return model
-    score = copy.deepcopy(model.score)
-    score.channel_mask.fill_(1.0)
-    return LSGM(model.vae, score, model.spec, model.vae_config, model.prior_config)
 
 
 @torch.no_grad()
