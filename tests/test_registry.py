@@ -45,7 +45,6 @@ from lsgm.sde import LinearSDE, make_sde
 @dataclass(frozen=True)
 class CosineSDE(LinearSDE):
     time_eps: float = 1e-3
-    t_min = property(lambda self: self.time_eps)
 
     def mean_coef(self, t):
         return (0.49 * math.pi * t).cos()
@@ -60,7 +59,7 @@ if __name__ == "__main__":
     from lsgm.config.keys import fits, schema_keys
     assert fits(schema_keys(SDEConfig)["kind"], "cosine")
     sde = make_sde(**asdict(SDEConfig("cosine", time_eps=0.02)))
-    assert type(sde) is own.CosineSDE and sde.t_min == 0.02
+    assert type(sde) is own.CosineSDE and sde.time_eps == 0.02
 """
 
 
