@@ -55,7 +55,7 @@ from lsgm.evaluation.report.figures import decomposition_plot
 from lsgm.likelihood import OdeLogDensity
 from lsgm.models import image_likelihood as data_likelihood
 from lsgm.sde import VPSDE
-from lsgm.system.curves import learning_curves
+from lsgm.system.curves import learning_curves, read_metrics
 from lsgm.system.files import RunFolder, atomic_write_json
 from lsgm.times import UniformTimes
 from lsgm.training import evaluation, logging
@@ -320,7 +320,7 @@ def test_a_run_on_few_colour_images_says_what_its_user_understands(tmp_path, cap
     assert len(results) == 4
     for text in results:
         assert "bits_per_dim" in text and "standard_error n/a" in text and text.endswith(" s)")
-    log = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+    log = read_metrics(run / "metrics.jsonl")
     for record in log:
         nats = record["bits_per_dim"] * 192 * math.log(2)
         assert record["nelbo"] == pytest.approx(nats, rel=1e-5)

@@ -126,6 +126,7 @@ SAMPLED = [
     ("reverse_diffusion", {}, 400, T_END),
     ("predictor_corrector", {"norm": "expected", "snr": 0.05}, 300, T_END),
     ("discrete_pc", {}, 400, 1e-3),
+    ("ddpm", {"clip": False, "denoise": True}, 400, 0.0),
     ("langevin", {"steps_per_level": 60, "step_ratio": 0.1}, 20, 0.25),
 ]
 
@@ -148,7 +149,7 @@ def test_samples_of_a_mixture_have_its_moments(name, options, steps, t_end):
     rng = torch.Generator().manual_seed(1)
     solver = make_solver(name, **options)
     start = sde.prior_sample((num, 2), rng, dtype=torch.float64)
-    grid = "time" if name == "discrete_pc" else "log_snr"  # the one takes no other
+    grid = "time" if name in ("ddpm", "discrete_pc") else "log_snr"  # they take no other
     x = solver.solve(sde, oracle.eps, start, make_grid(grid, sde, steps, t_end), rng).x
     exact = oracle.sample(30 * num, t_end, rng)
 

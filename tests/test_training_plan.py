@@ -143,7 +143,7 @@ def test_a_kill_between_the_two_files_leaves_one_entry(run, monkeypatch):
     begin(run, checkpoint=True)
     chosen = plan(run, faster(), True)
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr("lsgm.config.command_line.save_config", _interrupt)
+        patch.setattr("lsgm.training.runs.resume.save_config", _interrupt)
         record_changes(run, faster(), chosen, 7)
     assert load_config(VAETrainConfig, run.config) == CONFIG
     record_changes(run, faster(), plan(run, faster(), True), 7)
