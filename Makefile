@@ -5,6 +5,8 @@ VENV ?= .venv
 #   make install TORCH="torch torchvision --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0 torchvision==0.28.0
 RUNS ?= runs
+# Test files at a time, one thread each.
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -24,7 +26,7 @@ $(STAMP): setup.py pyproject.toml
 	touch $@
 
 test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest -q $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile $(TESTS)
 
 # A second call continues what is there.
 resume = $(if $(wildcard $(RUNS)/$(1)/config.yaml),--resume)

