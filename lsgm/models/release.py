@@ -236,8 +236,8 @@ def load_data_config(folder: str | Path, root: str | None = None) -> DataConfig:
     description = read_description(folder)
     if "data" not in description:
         raise UserError(
-            f"{folder / DESCRIPTION}: data is missing: the run was trained in Python, on data that no "
-            "configuration names"
+            f"{folder / DESCRIPTION}: data is missing: the run was trained in Python, on data that "
+            "no configuration names"
         )
     try:
         data: DataConfig = section(DataConfig, description["data"])
