@@ -41,9 +41,7 @@ if TYPE_CHECKING:
     from lsgm.likelihood import ode_log_density as ode_log_density
     from lsgm.models.autoencoder import Autoencoder as Autoencoder
     from lsgm.models.autoencoder import Posterior as Posterior
-    from lsgm.models.base import Bound as Bound
     from lsgm.models.base import Model as Model
-    from lsgm.models.base import Samples as Samples
     from lsgm.models.generic import LatentScoreModel as LatentScoreModel
     from lsgm.models.generic import ScoreModel as ScoreModel
     from lsgm.models.images import DataSGM as DataSGM
@@ -51,6 +49,8 @@ if TYPE_CHECKING:
     from lsgm.models.latent import VAEModel as VAEModel
     from lsgm.models.loading import load as load
     from lsgm.models.loading import load_classifier as load_classifier
+    from lsgm.models.results import Bound as Bound
+    from lsgm.models.results import Samples as Samples
     from lsgm.networks import NCSNpp as NCSNpp
     from lsgm.networks.data_score import DataScore as DataScore
     from lsgm.noise_ladder import NoiseLadder as NoiseLadder
@@ -133,8 +133,8 @@ _HOMES = {
     "LSGM": "lsgm.models.latent",
     "VAEModel": "lsgm.models.latent",
     "Model": "lsgm.models.base",
-    "Samples": "lsgm.models.base",
-    "Bound": "lsgm.models.base",
+    "Samples": "lsgm.models.results",
+    "Bound": "lsgm.models.results",
     "load": "lsgm.models.loading",
     "load_classifier": "lsgm.models.loading",
     "ArrayDataset": "lsgm.data",

@@ -25,7 +25,7 @@ from lsgm.evaluation.quality.scores import (
     real_activations,
     sample_quality,
 )
-from lsgm.models.base import Samples
+from lsgm.models.results import Samples
 from lsgm.sampling.sampler import SolverOptions
 
 NUM, SIZE, PADDING = 300, 6, 1

@@ -18,7 +18,7 @@ from state_model import StateModel
 
 from lsgm.commands.sample import SampleOptions
 from lsgm.errors import UserError
-from lsgm.models.base import SamplerDefaults
+from lsgm.models.results import SamplerDefaults
 from lsgm.sampling.draw import draw_samples, iterate_samples
 from lsgm.sampling.sampler import (
     NOT_ON_COMMAND_LINE,

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lsgm.config.command_line import parse_command_line
 from lsgm.errors import UserError
-from lsgm.models.base import Batch
 from lsgm.models.loading import load, require_run
+from lsgm.models.results import Batch
 from lsgm.sampling.draw import iterate_samples, solver_name
 from lsgm.sampling.sampler import SolverOptions, given_solver_options
 from lsgm.solvers import Progress

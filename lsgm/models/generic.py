@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from lsgm.divergence import Divergence
 from lsgm.likelihood import ode_log_density
 from lsgm.models.autoencoder import Autoencoder
-from lsgm.models.base import Batch, Bound, DiffusionModel, Model, SamplerDefaults
+from lsgm.models.base import DiffusionModel, Model
 from lsgm.models.release import given_class
+from lsgm.models.results import Batch, Bound, SamplerDefaults
 from lsgm.objectives import latent_cross_entropy
 from lsgm.registry import SDES
 from lsgm.score import NetworkScore

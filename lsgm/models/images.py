@@ -21,9 +21,10 @@ from lsgm.data.spec import DataSpec
 from lsgm.discrete_noise import BetaTable
 from lsgm.divergence import make_divergence
 from lsgm.errors import UserError
-from lsgm.models.base import DiffusionModel, SamplerDefaults
+from lsgm.models.base import DiffusionModel
 from lsgm.models.image_likelihood import ode_data_likelihood
 from lsgm.models.release import section
+from lsgm.models.results import SamplerDefaults
 from lsgm.networks.data_score import DataScore
 from lsgm.networks.ncsn import NCSN
 from lsgm.noise_ladder import NoiseLadder, select_step

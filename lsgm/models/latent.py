@@ -20,8 +20,9 @@ from lsgm.config.architecture import PriorConfig, VAEConfig
 from lsgm.config.training import RETIRED_KEYS
 from lsgm.data.spec import DataSpec
 from lsgm.errors import UserError
-from lsgm.models.base import Batch, DiffusionModel, Model
+from lsgm.models.base import DiffusionModel, Model
 from lsgm.models.release import given_class, section
+from lsgm.models.results import Batch
 from lsgm.networks import NCSNpp
 from lsgm.objectives import CrossEntropy, NormalControlVariate, latent_cross_entropy
 from lsgm.score import MixedNormalScore

@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
-from lsgm.models.base import NO_SOLVER, Batch, Model, Samples
+from lsgm.models.base import Model
+from lsgm.models.results import NO_SOLVER, Batch, Samples
 from lsgm.sampling.sampler import SolverOptions, build_any_sampler, solver_of
 from lsgm.solvers import Callback
 from vae.random import RowGenerators

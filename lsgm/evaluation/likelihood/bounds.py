@@ -23,8 +23,9 @@ from lsgm.data import Batches, DataSpec, ImageDataset, fixed_binarisation, prepr
 from lsgm.divergence import make_divergence
 from lsgm.evaluation.likelihood.tails import warn_of_tail
 from lsgm.likelihood import ode_log_density, tolerance_convergence
-from lsgm.models.base import Estimate, Model
+from lsgm.models.base import Model
 from lsgm.models.latent import LSGM, NELBO, VAEModel
+from lsgm.models.results import Estimate
 from lsgm.tensors import sum_except_batch
 from vae.objective import bits_per_dim, importance_weighted_bound, standard_normal_log_prob
 from vae.random import Rng, RowGenerators

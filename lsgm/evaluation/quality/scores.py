@@ -52,7 +52,8 @@ from lsgm.evaluation.quality.features import (
     make_extractor,
 )
 from lsgm.evaluation.quality.options import QualityOptions
-from lsgm.models.base import Model, Samples
+from lsgm.models.base import Model
+from lsgm.models.results import Samples
 from lsgm.sampling.draw import draw_samples
 from lsgm.sampling.sampler import SolverOptions
 from lsgm.solvers import make_solver
