@@ -24,11 +24,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lsgm.system.threads import wait_briefly
-
 __version__ = "0.1.0"
-
-wait_briefly()  # here, because every script and every process comes by before it loads PyTorch
 
 if TYPE_CHECKING:
     from lsgm.conditioning import ClassifierGuidance as ClassifierGuidance
