@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lsgm.errors import UserError
-from lsgm.importers.reading import first_line, read_checkpoint
+from lsgm.importers.reading import first_line, read_checkpoint, read_json
 
 __all__ = [
     "DDPM",
@@ -66,8 +65,8 @@ def read_diffusers(folder: str | Path) -> DiffusersFolder:
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder")
     unet_folder, scheduler_folder = _part(folder, "unet"), _part(folder, "scheduler")
-    unet = _read_json(unet_folder / UNET)
-    scheduler = _read_json(scheduler_folder / SCHEDULER)
+    unet = read_json(unet_folder / UNET)
+    scheduler = read_json(scheduler_folder / SCHEDULER)
     kind = scheduler.get("_class_name")
     if kind not in (EXPLODING, DDPM):
         raise UserError(
@@ -84,18 +83,6 @@ def read_diffusers(folder: str | Path) -> DiffusersFolder:
 
 def _part(folder: Path, name: str) -> Path:
     return folder / name if (folder / name).is_dir() else folder
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{file}: is missing; the folder needs it beside the weights") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable as JSON ({first_line(error)})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: expected a JSON object")
-    return values
 
 
 def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:

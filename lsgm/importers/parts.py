@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from lsgm.config.command_line import save_config
 from lsgm.config.training import DataConfig, LSGMTrainConfig, VAETrainConfig
 from lsgm.data.spec import DataSpec
 from lsgm.errors import UserError
-from lsgm.importers.reading import first_line
+from lsgm.importers.reading import first_line, read_json
 from lsgm.importers.runs import ImportedRun, Weights
 from lsgm.models.latent import LSGM, VAEModel, build_prior, build_vae, prior_config_from
 from lsgm.models.release import save, section
@@ -33,7 +32,7 @@ def is_parts(contents: Any) -> bool:
     if not isinstance(contents, Path) or not (contents / INDEX).is_file():
         return False
     try:
-        return _json(contents / INDEX).get("_class_name") == CLASS
+        return read_json(contents / INDEX).get("_class_name") == CLASS
     except UserError:
         return False
 
@@ -51,16 +50,16 @@ def import_parts(
         raise UserError(f"{folder}: no folder that export_checkpoint.py has written of an LSGM")
     if weights is not None:
         raise UserError(f"{folder}: exported parts have one set of weights; leave --weights out")
-    index = _json(folder / INDEX)
+    index = read_json(folder / INDEX)
     try:
         spec, data = DataSpec(**index["spec"]), section(DataConfig, index["data"])
-        vae_config = section(VAEConfig, _json(folder / "autoencoder" / CONFIG))
+        vae_config = section(VAEConfig, read_json(folder / "autoencoder" / CONFIG))
         vae = build_vae(vae_config, spec)
         model = VAEModel(vae, spec, vae_config)
         config: Any = VAETrainConfig(name=Path(out).name, data=data, vae=vae_config)
         _fill(model.vae, folder / "autoencoder")
         if "prior" in index:
-            prior = prior_config_from(_json(folder / "prior" / CONFIG))
+            prior = prior_config_from(read_json(folder / "prior" / CONFIG))
             model = LSGM(vae, build_prior(prior, vae), spec, vae_config, prior)
             config = LSGMTrainConfig(name=Path(out).name, data=data, prior=prior)
             _fill(model.score, folder / "prior")
@@ -72,18 +71,6 @@ def import_parts(
     save(model.eval(), run.path, data, {"imported": {"file": folder.name}})
     size = sum(p.numel() for p in model.parameters())
     return ImportedRun(run.path, model.kind, spec.name, size, "released", None)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{file}: is missing") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable as JSON ({first_line(error)})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: expected a JSON object")
-    return values
 
 
 def _fill(module: nn.Module, folder: Path) -> None:

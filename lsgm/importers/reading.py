@@ -8,6 +8,7 @@ a file is executed; tensors stay in the file until they are looked at where its 
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 import zipfile
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from lsgm.errors import UserError
 from lsgm.system.integrity import check_records
 
-__all__ = ["first_line", "read_checkpoint"]
+__all__ = ["first_line", "read_checkpoint", "read_json"]
 
 
 def read_checkpoint(path: str | Path, *, unchecked: bool = False) -> Any:
@@ -56,6 +57,23 @@ def read_checkpoint(path: str | Path, *, unchecked: bool = False) -> Any:
             f"checkpoint {path}: damaged, or not a file of torch.save ({first_line(error)}); if it "
             "was downloaded, do so again"
         ) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file that belongs to a folder of weights.
+
+    Raises:
+        UserError: It is missing, damaged or no object.
+    """
+    try:
+        values = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{file}: is missing; the folder needs it beside the weights") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not readable as JSON ({first_line(error)})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: expected a JSON object")
+    return values
 
 
 def first_line(error: BaseException) -> str:
