@@ -368,3 +368,21 @@ def test_a_model_of_images_trains_on_labelled_arrays(tmp_path: Path) -> None:
     x, t = torch.randn(2, 1, 8, 8), torch.tensor(0.5)
     told = torch.tensor([0, 3])  # 3: no class
     assert torch.equal(opened.score(x, t, told), model.score(x, t, told))
+
+
+@pytest.mark.parametrize(
+    ("instructions", "taken"),
+    [({}, "float32"), ({"avx512_bf16": True}, "bf16"), ({"bf16": True}, "bf16")],
+)
+def test_bf16_is_taken_only_where_the_cpu_computes_it(
+    tmp_path, monkeypatch, capsys, instructions, taken
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, **instructions})
+    seen = set()
+    network = MLP()
+    network.layers[0].register_forward_hook(lambda module, inputs, out: seen.add(out.dtype))
+    model = ScoreModel(network, VPSDE(), shape=(2,))
+    lsgm.fit(model, torch.randn(64, 2), out=tmp_path, max_steps=2, precision="bf16", **QUICK)
+    assert seen == {torch.bfloat16 if taken == "bf16" else torch.float32}
+    assert f"precision: {taken}\n" in (tmp_path / "config.yaml").read_text()
+    assert ("taking float32" in capsys.readouterr().out) == (taken == "float32")

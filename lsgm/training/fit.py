@@ -33,10 +33,10 @@ from lsgm.models.release import check_weights, load_weights, read_description, s
 from lsgm.system.files import json_text
 from lsgm.times import make_proposal
 from lsgm.training.context import EvalContext, Evaluate
-from lsgm.training.distributed import distributed, gather_rows, on_main
+from lsgm.training.distributed import gather_rows, on_main
 from lsgm.training.evaluation import evaluate_score_model, evaluate_vae
 from lsgm.training.precision import autocast
-from lsgm.training.runs.launch import OpenRun, Training, open_run
+from lsgm.training.runs.launch import OpenRun, Training, started
 from lsgm.training.runs.resume import Resume
 from lsgm.training.stages.generic import AutoencoderStage, GenericScoreStage
 from lsgm.training.stages.latent import LSGMStage, VAEStage
@@ -113,7 +113,7 @@ def fit(
         lr: learning rate after the warm-up; None: 1e-3, LSGM's prior 3e-4, a VAE 1e-2.
         seed: of the order of the data and all noise. (The weights are there already.)
         resume: False: start a new run; True: continue one; "auto": whichever applies.
-        precision: of the networks: float32, bf16 or fp16.
+        precision: of the networks: float32, bf16 (float32 on a CPU without bf16) or fp16.
         **settings: any field of :class:`~lsgm.config.training.TrainConfig` (``max_steps``,
             ``device``, ``checkpoint_every``, ``release``, ...), of
             :class:`~lsgm.config.training.OptimConfig` (``ema_decay``, ``clip_norm``, ...), and of
@@ -138,15 +138,12 @@ def fit(
     config = _configured(trained, Path(out).name, given)
     test_set = None if test is None else as_dataset(test)
     built = _Data(as_dataset(data), test_set)
-    with (
-        distributed(config.train.device, config.train.timeout_minutes) as world,
-        open_run(config, lambda: built, str(out), resume, world) as run,
-    ):
+    with started(config, lambda: built, str(out), resume) as (config, run):
         _check_description(run, trained)
         if not run.plan.finished:
             torch.manual_seed(seed)
             run.train(_training(trained, config, run))
-        on_main(world, lambda: None)  # which has to have written the weights
+        on_main(run.world, lambda: None)  # which has to have written the weights
     _open(trained, Path(out))
     return model
 

@@ -26,9 +26,8 @@ from lsgm.sde import largest_squared_distance
 from lsgm.system.curves import learning_curves, read_metrics
 from lsgm.system.files import RunFolder
 from lsgm.training.context import EvalContext
-from lsgm.training.distributed import distributed
 from lsgm.training.evaluation import evaluate_classifier, evaluate_score_model
-from lsgm.training.runs.launch import OpenRun, Training, open_run
+from lsgm.training.runs.launch import OpenRun, Training, started
 from lsgm.training.runs.resume import Resume
 from lsgm.training.stages.classifier import ClassifierStage
 from lsgm.training.stages.score import ScoreStage
@@ -50,9 +49,9 @@ def train_ncsn(config: NCSNTrainConfig, out: str | None = None, *, resume: Resum
     Raises:
         UserError: The configuration does not fit the data, or the folder holds another run.
     """
-    with (
-        distributed(config.train.device, config.train.timeout_minutes) as world,
-        open_run(config, partial(build_datasets, config.data), out, resume, world) as run,
+    with started(config, partial(build_datasets, config.data), out, resume) as (
+        config,
+        run,
     ):
         if not run.plan.finished:
             train = _train_classifier if config.kind == "classifier" else _train_score

@@ -21,9 +21,8 @@ from lsgm.sde import largest_squared_distance
 from lsgm.system.curves import learning_curves, read_metrics
 from lsgm.system.files import RunFolder
 from lsgm.training.context import EvalContext
-from lsgm.training.distributed import distributed
 from lsgm.training.evaluation import evaluate_vae
-from lsgm.training.runs.launch import OpenRun, Training, open_run
+from lsgm.training.runs.launch import OpenRun, Training, started
 from lsgm.training.runs.resume import Resume
 from lsgm.training.stages.latent import LSGMStage, VAEStage
 from lsgm.training.state import Stage, TrainState
@@ -44,9 +43,9 @@ def train_vae(config: VAETrainConfig, out: str | None = None, *, resume: Resume 
     Raises:
         UserError: The configuration does not fit the data, or the folder holds another run.
     """
-    with (
-        distributed(config.train.device, config.train.timeout_minutes) as world,
-        open_run(config, partial(build_datasets, config.data), out, resume, world) as run,
+    with started(config, partial(build_datasets, config.data), out, resume) as (
+        config,
+        run,
     ):
         if not run.plan.finished:
             torch.manual_seed(config.train.seed)
@@ -65,11 +64,12 @@ def train_lsgm(config: LSGMTrainConfig, out: str | None = None, *, resume: Resum
         UserError: There is no finished run to start from, it does not fit the data or the
             configuration, or the folder holds another run.
     """
-    if config.data is None or (config.vae_run or config.lsgm_run) is None:
+    data = config.data
+    if data is None or (config.vae_run or config.lsgm_run) is None:
         raise UserError("--vae: give the folder of a finished VAE run, for example --vae runs/vae")
-    with (
-        distributed(config.train.device, config.train.timeout_minutes) as world,
-        open_run(config, partial(build_datasets, config.data), out, resume, world) as run,
+    with started(config, partial(build_datasets, data), out, resume) as (
+        config,
+        run,
     ):
         if not run.plan.finished:
             described = run.begun_with()
@@ -81,7 +81,7 @@ def train_lsgm(config: LSGMTrainConfig, out: str | None = None, *, resume: Resum
             optims = {"prior": config.optim_prior}
             if stage.trains_vae:
                 optims["vae"] = config.optim_vae
-            _fit(stage, model, config.data, optims, run)
+            _fit(stage, model, data, optims, run)
     return run.folder.path
 
 

@@ -19,8 +19,9 @@ from lsgm.system.files import RunFolder, atomic_write_json
 from lsgm.system.locks import FolderLock
 from lsgm.training.best import BestWeights, Release
 from lsgm.training.context import DrawCurves, Evaluate
-from lsgm.training.distributed import World, on_main
+from lsgm.training.distributed import World, distributed, on_main
 from lsgm.training.loop import fit
+from lsgm.training.precision import usable_precision
 from lsgm.training.runs.resume import Plan, Resume, plan, record_changes, release_notes
 from lsgm.training.state import Stage
 
@@ -30,6 +31,7 @@ __all__ = [
     "Training",
     "TrainingData",
     "open_run",
+    "started",
 ]
 
 
@@ -62,6 +64,7 @@ class TrainingData(Protocol):
         ...
 
 
+C = TypeVar("C", bound=RunConfig)
 D = TypeVar("D", bound=TrainingData)
 
 
@@ -215,6 +218,33 @@ def open_run(
         yield OpenRun(run, on_main(world, begin), config, build, world)
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def started(
+    config: C, build: Callable[[], D], out: str | None, resume: Resume
+) -> Iterator[tuple[C, OpenRun[D]]]:
+    """The configuration with a precision that the device computes
+    (:func:`lsgm.training.precision.usable_precision`; the main process says what has changed), and
+    the run among its processes, its folder as :func:`open_run` has it.
+
+    Raises:
+        UserError: As :func:`open_run`, or there is no such device.
+    """
+    asked = config.train
+    with distributed(asked.device, asked.timeout_minutes) as world:
+        precision = usable_precision(asked.precision, world.device)
+        if precision != asked.precision:
+            train = replace(asked, precision=precision)
+            config = replace(config, train=train)  # type: ignore[type-var]
+            if world.is_main:
+                print(
+                    f"train.precision: this CPU has no instructions for {asked.precision}, in "
+                    f"which it would take many times longer; taking {precision}",
+                    flush=True,
+                )
+        with open_run(config, build, out, resume, world) as run:
+            yield config, run
 
 
 def _check_images(run: RunFolder, now: int) -> None:
