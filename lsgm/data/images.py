@@ -1,4 +1,5 @@
-"""Reading one picture file: the only place of the package that opens one.
+"""Reading one picture, from a file, from the bytes of one or from an array: the only place of the
+package that opens one.
 
 A file is opened as one of :data:`FORMATS` or not at all, whatever its name says: other formats of
 Pillow start programs (EPS: Ghostscript) or are rarely tested. Its size is bounded before it is
@@ -24,10 +25,12 @@ ICC profile                  ignored
 from __future__ import annotations
 
 import contextlib
+import io
 import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -38,14 +41,23 @@ from lsgm.errors import UserError
 
 __all__ = [
     "BACKGROUND",
+    "Box",
     "EXTENSIONS",
     "FORMATS",
     "MAX_PIXELS",
+    "Stored",
     "is_grey",
     "load_image",
     "read_image",
     "to_8_bits",
 ]
+
+Stored: TypeAlias = "Path | bytes | np.ndarray"
+"""A picture as it is kept: a file, the bytes of one, or an array ``(H, W)`` or ``(H, W, C)`` of
+8-bit values with 1, 3 or 4 channels, the fourth being alpha."""
+
+Box: TypeAlias = tuple[int, int, int, int]
+"""Left, top, right and bottom in pixels, the right and bottom ones left out."""
 
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".j2k")
@@ -62,42 +74,71 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def read_image(path: Path, size: int, channels: int) -> Tensor:
-    """Return a picture file as uint8 with shape (channels, size, size): shorter side resized
-    (bicubic), centre cropped.
+def read_image(
+    stored: Stored,
+    size: int,
+    channels: int,
+    *,
+    name: str | None = None,
+    box: Box | None = None,
+    crop: int | None = None,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+) -> Tensor:
+    """Return a picture as uint8 with shape (channels, size, size): shorter side resized, centre
+    cropped.
+
+    Args:
+        stored: The picture.
+        size: Side in pixels.
+        channels: 1 or 3.
+        name: What a message calls it; needed for all but files.
+        box: Part of the upright picture that is taken first.
+        crop: Side of the centre square that is taken first.
+        resample: How it is resized, always antialiased.
 
     Raises:
-        UserError: The file cannot be read, is no picture, too large, or has pixels whose scale is
-            unknown.
+        UserError: The picture cannot be read, is none, too large, has pixels whose scale is
+            unknown, or is smaller than ``box`` or ``crop``.
     """
-    with _opened(path) as image, _room_for(image):
-        image = to_8_bits(_decoded(image), path, channels)
-        image = ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
+    label = _label(stored, name)
+    with _opened(stored, label) as image, _room_for(image):
+        image = to_8_bits(_decoded(image), label, channels)
+        if crop is not None:
+            left, top = (image.width - crop) // 2, (image.height - crop) // 2
+            box = (left, top, left + crop, top + crop)
+        if box is not None:
+            if min(box) < 0 or box[2] > image.width or box[3] > image.height:
+                raise UserError(
+                    f"{label}: {image.width} x {image.height} pixels are too few for a crop of "
+                    f"{box[2] - box[0]} x {box[3] - box[1]} at ({box[0]}, {box[1]})"
+                )
+            image = image.crop(box)
+        image = ImageOps.fit(image, (size, size), method=resample)
     array = np.array(image, dtype=np.uint8).reshape(size, size, channels)
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 
-def load_image(path: Path) -> Image.Image:
-    """Return the first frame of a picture file, upright, in the file's own mode, alpha included.
+def load_image(stored: Stored, name: str | None = None) -> Image.Image:
+    """Return the first frame of a picture, upright, in its own mode, alpha included.
 
     Raises:
         UserError: As :func:`read_image`.
     """
-    with _opened(path) as image, _room_for(image):
+    with _opened(stored, _label(stored, name)) as image, _room_for(image):
         return _decoded(image).copy()
 
 
-def is_grey(path: Path) -> bool:
-    """Whether a picture file holds grey values only, by its header (a palette is colour).
+def is_grey(stored: Stored, name: str | None = None) -> bool:
+    """Whether a picture holds grey values only, by its header (a palette is colour).
 
     Raises:
         UserError: As :func:`read_image`.
     """
-    with _opened(path) as image:
+    with _opened(stored, _label(stored, name)) as image:
         return image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
 
 
-def to_8_bits(image: Image.Image, path: Path, channels: int) -> Image.Image:
+def to_8_bits(image: Image.Image, path: str | Path, channels: int) -> Image.Image:
     """Return a decoded picture in mode L (``channels`` 1) or RGB (3), treated as the module says.
 
     ``path`` is for the message alone.
@@ -115,7 +156,7 @@ def to_8_bits(image: Image.Image, path: Path, channels: int) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _scaled(image: Image.Image, path: Path) -> Image.Image:
+def _scaled(image: Image.Image, path: str | Path) -> Image.Image:
     """Grey values of more than 8 bits in mode L."""
     if image.mode == "I" and image.format != "PNG":  # older Pillow reads 16-bit PNG files as I
         raise UserError(
@@ -159,28 +200,49 @@ def _room_for(image: Image.Image) -> Iterator[None]:
         yield
 
 
+def _label(stored: Stored, name: str | None) -> str:
+    if name is None and not isinstance(stored, Path):
+        raise ValueError("a picture that is no file needs a name")
+    return str(stored) if name is None else name
+
+
+def _open(stored: Stored, label: str) -> Image.Image:
+    if not isinstance(stored, np.ndarray):
+        source = io.BytesIO(stored) if isinstance(stored, bytes) else stored
+        return Image.open(source, formats=FORMATS)
+    shape = stored.shape
+    plain = stored.ndim == 2 or (stored.ndim == 3 and shape[2] in (1, 3, 4))
+    if stored.dtype != np.uint8 or not plain or min(shape) == 0:
+        raise UserError(
+            f"{label}: {stored.dtype} of shape {shape} is no picture; uint8 of shape (H, W), or "
+            "(H, W, 1, 3 or 4), is needed"
+        )
+    return Image.fromarray(np.ascontiguousarray(stored[..., 0] if shape[2:] == (1,) else stored))
+
+
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(stored: Stored, label: str) -> Iterator[Image.Image]:
     """A picture whose header has been read; every error of reading it in the block is one line."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with _open(stored, label) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise _too_large(path, f"{image.width} x {image.height} pixels")
+                raise _too_large(label, f"{image.width} x {image.height} pixels")
             yield image
     except UserError:
         raise
     except Image.DecompressionBombError as error:
-        raise _too_large(path, "more pixels than can be decoded") from error
+        raise _too_large(label, "more pixels than can be decoded") from error
     except UnidentifiedImageError as error:
         raise UserError(
-            f"{path}: not a readable image (none of {', '.join(FORMATS)}, or its header is damaged)"
+            f"{label}: not a readable image (none of {', '.join(FORMATS)}, or its header is "
+            "damaged)"
         ) from error
     except Exception as error:  # on damaged files Pillow raises whatever it stumbles over
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(
-            f"{path}: not a readable image ({reason or type(error).__name__})"
+            f"{label}: not a readable image ({reason or type(error).__name__})"
         ) from error
 
 
-def _too_large(path: Path, found: str) -> UserError:
-    return UserError(f"{path}: too large ({found}; at most {MAX_PIXELS}, such as 8192 x 8192)")
+def _too_large(label: str, found: str) -> UserError:
+    return UserError(f"{label}: too large ({found}; at most {MAX_PIXELS}, such as 8192 x 8192)")
