@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,15 @@ def _folder_from(variable: str) -> Path:
     if not folder.is_dir():
         pytest.fail(f"{variable} names {folder}, which is not a folder")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Packed data and features go to a folder of the tests, unless the environment names one."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "LSGM_CACHE" not in os.environ:
+            patch.setenv("LSGM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

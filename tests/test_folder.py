@@ -14,7 +14,7 @@ from PIL import Image
 from lsgm.config.training import DataConfig
 from lsgm.data import Datasets, build_datasets, discovery, folder
 from lsgm.data.discovery import find_images
-from lsgm.data.folder import FolderDataset
+from lsgm.data.packed import PackedDataset
 from lsgm.errors import UserError
 
 
@@ -30,7 +30,8 @@ def write_all(root: Path, *names: str) -> None:
 
 
 def build(root: Path, **options: object) -> Datasets:
-    return build_datasets(DataConfig(name="folder", root=str(root), image_size=8, **options))
+    given = {"cache": "off", **options}
+    return build_datasets(DataConfig(name="folder", root=str(root), image_size=8, **given))
 
 
 def names(data: Datasets, root: Path) -> list[str]:
@@ -190,27 +191,41 @@ def test_one_grey_file_does_not_make_the_others_grey(tmp_path, first):
     assert build(tmp_path).spec.channels == 1
 
 
-@pytest.mark.parametrize("limit", [folder.MEMORY_LIMIT_BYTES, 0])
-def test_every_damaged_file_of_both_splits_shows_at_the_start(tmp_path, monkeypatch, limit):
-    monkeypatch.setattr(folder, "MEMORY_LIMIT_BYTES", limit)
+def test_every_damaged_file_of_both_splits_shows_at_the_start(tmp_path):
     write_all(tmp_path, *(f"{split}/{i}.png" for split in ("train", "test") for i in range(3)))
-    data = build(tmp_path)
-    data.read_all()
     for name in ("1.png", "2.png"):
         path = tmp_path / "test" / name
         os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(UserError, match=r"test/1\.png: not a readable.*; and 1 more of 3 files$"):
         build(tmp_path).read_all()
+    with pytest.raises(
+        UserError, match=r"test/1\.png: not a readable.*; and 1 more of 6 pictures$"
+    ):
+        build(tmp_path, cache="auto")
 
 
-def test_what_was_read_at_the_start_is_kept(tmp_path):
-    path = write(tmp_path / "1.png", value=51)
-    data = FolderDataset([path], image_size=8, channels=3, labels=None, num_workers=0)
-    data.read_all()
-    path.unlink()
-    assert data[0][0].eq(0.2).all()
-    data.read_all()  # nothing is left to read
-    assert data.batch(torch.tensor([0, 0])).shape == (2, 3, 8, 8)
+def test_the_cache_holds_the_pixels_of_the_files_and_follows_their_changes(tmp_path, capsys):
+    values = (51, 102, 153, 204)
+    for i, value in enumerate(values):
+        write(tmp_path / "data" / "ab"[i % 2] / f"{i}.png", value=value)
+    plain = build(tmp_path / "data")
+    first = build(tmp_path / "data", cache="auto")
+    assert "is packed in" in capsys.readouterr().out
+    for split in ("train", "test"):
+        a, b = getattr(plain, split), getattr(first, split)
+        assert isinstance(b, PackedDataset) and (a.labels == b.labels).all()
+        index = torch.arange(len(a))
+        assert (a.batch(index) == b.batch(index)).all()
+    again = build(tmp_path / "data", cache="auto")
+    assert "packed" not in capsys.readouterr().out
+    assert again.spec == first.spec == plain.spec and again.ignored == plain.ignored
+    packs = list(folder.cache_folder().glob("*"))
+    write(tmp_path / "data/a/0.png", value=255)
+    changed = build(tmp_path / "data", cache="auto")
+    assert "is packed in" in capsys.readouterr().out
+    rows = torch.cat([s.batch(torch.arange(len(s))) for s in (changed.train, changed.test)])
+    assert sorted(rows[:, 0, 0, 0].tolist()) == pytest.approx([0.4, 0.6, 0.8, 1.0])
+    assert len(list(folder.cache_folder().glob("*"))) == len(packs)  # the old pack is gone
 
 
 def test_classes_of_jpeg_pictures(data_dir):

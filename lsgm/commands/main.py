@@ -38,6 +38,9 @@ class Command:
 
 
 COMMANDS = {
+    "prepare": Command(
+        "lsgm.commands.prepare:prepare", "pack pictures of any form into one data set"
+    ),
     "train-vae": Command("lsgm.commands.train:vae", "train the VAE, the first stage of LSGM"),
     "train-lsgm": Command("lsgm.commands.train:lsgm", "train the prior with it, the second stage"),
     "train-score": Command(

@@ -64,8 +64,11 @@ class DataConfig:
     augment: Literal["auto", "none", "affine"] = "auto"
     """Augmentation in training. affine: small random shifts, rotations, scalings and shears. auto:
     affine for digits, none for all others."""
+    cache: Literal["auto", "off"] = "auto"
+    """folder only: auto packs the images into ~/.cache/lsgm (or LSGM_CACHE) on first use, where
+    half of the free disk is enough; off decodes them in each epoch."""
     num_workers: int = 0
-    """folder only: threads that decode images (0: decode where the batch is needed)."""
+    """folder only, without a cache: threads that decode images (0: where the batch is needed)."""
     test_fraction: float = 0.1
     """folder only: fraction kept for testing where there are no train/ and test/ subfolders."""
     eval_binarisation_seed: int = 0

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lsgm.config.training import DataConfig
 from lsgm.data.discovery import count_files, find_images, subfolders
 from lsgm.data.images import EXTENSIONS, is_grey, read_image
+from lsgm.data.packed import is_packed, load_packed
+from lsgm.data.packing.engine import pack
+from lsgm.data.packing.settings import PackSettings
+from lsgm.data.packing.splits import held_out
+from lsgm.data.readers.base import Label, Source
+from lsgm.data.readers.folders import FilePictures, fingerprint_of
 from lsgm.data.spec import Datasets, DataSpec, ImageDataset
 from lsgm.errors import UserError
+from lsgm.system.locks import make_folder
 from lsgm.system.progress import progress_bar
 
 __all__ = ["Folder", "FolderDataset"]
 
-# A set below this size is decoded once and kept as uint8.
-MEMORY_LIMIT_BYTES = 2 * 1024**3
 # Names of the splits, in any case; where several are there, the first here.
 TRAIN_FOLDERS = ("train", "training")
 TEST_FOLDERS = ("test", "testing", "val", "valid", "validation")
@@ -30,9 +37,14 @@ READING_THREADS = 8
 """Threads that read all images at the start of a training, at most."""
 
 
+Named = list[tuple[Path, str | None]]
+"""Image files, each with the name of its class."""
+
+
 @dataclass(frozen=True)
 class Folder:
-    """Build train and test sets from a folder.
+    """Build train and test sets from a folder: one that ``lsgm prepare`` has packed, or pictures,
+    which are packed into a cache on first use where the disk has room.
 
     * ``root/train`` and ``root/test`` (or val; in any case) are the splits where both exist;
       otherwise `test_fraction` of all images, chosen by a fixed seed over the sorted file names, is
@@ -45,13 +57,15 @@ class Folder:
     def __call__(self, cfg: DataConfig) -> Datasets:
         if cfg.root is None:
             raise UserError("data.root: data.name folder needs the folder of images")
+        root = Path(cfg.root).expanduser()
+        if not root.is_dir():
+            raise UserError(f"data.root: {root} is not a folder")
+        if is_packed(root):
+            return load_packed(root, cfg)
         if cfg.image_size is None:
             raise UserError(
                 "data.image_size: data.name folder needs the side in pixels, for example 64"
             )
-        root = Path(cfg.root).expanduser()
-        if not root.is_dir():
-            raise UserError(f"data.root: {root} is not a folder")
         train, test, ignored = _splits(root, cfg.test_fraction)
         paths = [path for path, _ in train + test]
         channels = cfg.channels or (1 if all(map(is_grey, paths)) else 3)
@@ -68,6 +82,9 @@ class Folder:
             affine=cfg.augment == "affine",
             affine_padding="reflection",
         )
+        cached = _packed(root, cfg, channels, {"train": train, "test": test})
+        if cached is not None:
+            return load_packed(cached, cfg, ignored)
         sets = [
             FolderDataset(
                 [path for path, _ in split],
@@ -83,8 +100,54 @@ class Folder:
         return Datasets(sets[0], sets[1], spec, dict(ignored))
 
 
-Named = list[tuple[Path, str | None]]
-"""Image files, each with the name of its class."""
+def _packed(root: Path, cfg: DataConfig, channels: int, splits: Mapping[str, Named]) -> Path | None:
+    """The folder of the cache that has these pictures packed; None if there is no room for them.
+
+    Raises:
+        UserError: A picture cannot be read.
+    """
+    assert cfg.image_size is not None
+    if cfg.cache == "off":
+        return None
+    pictures = {
+        split: FilePictures(root, [p for p, _ in named], _labels(named))
+        for split, named in splits.items()
+    }
+    settings = PackSettings(cfg.image_size, channels, test_fraction=cfg.test_fraction, max_broken=0)
+    print_of = fingerprint_of(pictures)
+    kind = hashlib.sha256(f"{root.resolve()} {settings}".encode()).hexdigest()[:16]
+    cache = cache_folder()
+    folder = cache / f"{kind}-{print_of[:16]}"
+    if is_packed(folder):
+        return folder
+    bytes_needed = sum(map(len, pictures.values())) * channels * cfg.image_size**2
+    try:
+        make_folder(folder)
+        if bytes_needed > shutil.disk_usage(folder).free // 2:
+            folder.rmdir()
+            raise OSError
+    except (OSError, UserError):
+        print(f"data: no room in {cache} for {bytes_needed / 1e9:.1f} GB; decoding in each epoch")
+        return None
+    source = Source(root, "folder", pictures, print_of)
+    pack(source, pictures, folder, settings, how="as data.name folder makes them")
+    print(f"data: {root} is packed in {folder} ({bytes_needed / 1e6:.0f} MB; data.cache off: no)")
+    for old in cache.glob(f"{kind}-*"):  # of the same folder as it was
+        if old != folder and is_packed(old):
+            shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def _labels(named: Named) -> list[Label] | None:
+    labels: list[Label] = [name for _, name in named]
+    return None if None in labels else labels
+
+
+def cache_folder() -> Path:
+    """Where folders of pictures are packed: below the environment variable LSGM_CACHE, or
+    ``~/.cache/lsgm``.
+    """
+    return Path(os.environ.get("LSGM_CACHE") or "~/.cache/lsgm").expanduser() / "packed"
 
 
 def _splits(root: Path, test_fraction: float) -> tuple[Named, Named, Counter[str]]:
@@ -116,10 +179,8 @@ def _splits(root: Path, test_fraction: float) -> tuple[Named, Named, Counter[str
         raise UserError(
             f"data.root: {root} has one image only; training and testing need at least two"
         )
-    order = np.random.default_rng(0).permutation(len(images))
-    held_out = min(max(round(test_fraction * len(images)), 1), len(images) - 1)
-    parts = ([images[i] for i in sorted(p)] for p in (order[held_out:], order[:held_out]))
-    return next(parts), next(parts), ignored
+    parts = held_out(len(images), round(test_fraction * len(images)))
+    return [images[i] for i in parts[0]], [images[i] for i in parts[1]], ignored
 
 
 def _split_folder(folders: list[Path], names: tuple[str, ...]) -> Path | None:
@@ -152,7 +213,7 @@ def _with_classes(paths: list[Path], folder: Path) -> Named:
 
 
 class FolderDataset(ImageDataset):
-    """Images that are decoded, resized (shorter side) and cropped (centre) when first needed.
+    """Images that are decoded, resized (shorter side) and cropped (centre) when they are needed.
 
     Args:
         paths: Image files.
@@ -179,41 +240,24 @@ class FolderDataset(ImageDataset):
         self.channels = channels
         self.labels = labels
         self._pool = ThreadPoolExecutor(num_workers) if num_workers else None
-        shape = (len(paths), channels, image_size, image_size)
-        in_memory = int(np.prod(shape)) <= MEMORY_LIMIT_BYTES
-        self._cache = torch.zeros(shape, dtype=torch.uint8) if in_memory else None
-        self._cached = np.zeros(len(paths), dtype=bool)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def batch(self, index: Tensor) -> Tensor:
         """Return the images at `index`; raises UserError naming a file that cannot be read."""
-        items = index.tolist()
-        missing = [i for i in items if not self._cached[i]]
-        decoded = dict(
-            zip(
-                missing, (self._pool.map if self._pool else map)(self._decode, missing), strict=True
-            )
-        )
-        if self._cache is None:
-            images = torch.stack([decoded[i] for i in items])
-        else:
-            for i, image in decoded.items():
-                self._cache[i] = image
-                self._cached[i] = True
-            images = self._cache[index]
-        return images.float() / 255.0
+        run = self._pool.map if self._pool else map
+        return torch.stack(list(run(self._decode, index.tolist()))).float() / 255.0
 
     def read_all(self) -> None:
-        """Decode every image once, in threads; what fits in memory is kept."""
+        """Decode every image once, in threads."""
         threads = min(READING_THREADS, os.cpu_count() or 1)
         damaged = []
-        items = np.flatnonzero(~self._cached).tolist()
-        bar = progress_bar(total=len(items), desc="reading images", unit="img", leave=False)
+        bar = progress_bar(total=len(self), desc="reading images", unit="img", leave=False)
         with bar, ThreadPoolExecutor(threads) as pool:
-            for start in range(0, len(items), 1000):  # a bound on waiting jobs
-                for error in pool.map(self._try, items[start : start + 1000]):
+            for start in range(0, len(self), 1000):  # a bound on waiting jobs
+                items = range(start, min(start + 1000, len(self)))
+                for error in pool.map(self._try, items):
                     if error is not None:
                         damaged.append(error)
                     bar.update()
@@ -223,14 +267,11 @@ class FolderDataset(ImageDataset):
             raise UserError(f"{damaged[0]}; and {len(damaged) - 1} more of {len(self)} files")
 
     def _try(self, item: int) -> str | None:
-        """Read an image, and keep it if all fit in memory; what is wrong with it, if anything."""
+        """Decode an image; what is wrong with it, if anything."""
         try:
-            image = self._decode(item)
+            self._decode(item)
         except UserError as error:
             return str(error)
-        if self._cache is not None:
-            self._cache[item] = image
-            self._cached[item] = True
         return None
 
     def _decode(self, item: int) -> Tensor:

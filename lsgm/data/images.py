@@ -83,6 +83,7 @@ def read_image(
     box: Box | None = None,
     crop: int | None = None,
     resample: Image.Resampling = Image.Resampling.BICUBIC,
+    size_of: list[int] | None = None,
 ) -> Tensor:
     """Return a picture as uint8 with shape (channels, size, size): shorter side resized, centre
     cropped.
@@ -95,6 +96,7 @@ def read_image(
         box: Part of the upright picture that is taken first.
         crop: Side of the centre square that is taken first.
         resample: How it is resized, always antialiased.
+        size_of: Gets height and width of the upright picture.
 
     Raises:
         UserError: The picture cannot be read, is none, too large, has pixels whose scale is
@@ -103,6 +105,8 @@ def read_image(
     label = _label(stored, name)
     with _opened(stored, label) as image, _room_for(image):
         image = to_8_bits(_decoded(image), label, channels)
+        if size_of is not None:
+            size_of += [image.height, image.width]
         if crop is not None:
             left, top = (image.width - crop) // 2, (image.height - crop) // 2
             box = (left, top, left + crop, top + crop)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lsgm.data.discovery import count_files, find_images, subfolders
@@ -12,7 +12,7 @@ from lsgm.data.images import EXTENSIONS
 from lsgm.data.readers.base import ALL, Label, Pictures, Source, split_of
 from lsgm.errors import UserError
 
-__all__ = ["FilePictures", "open_folder"]
+__all__ = ["FilePictures", "fingerprint_of", "open_folder"]
 
 
 class FilePictures(Pictures):
@@ -55,7 +55,7 @@ def open_folder(root: Path) -> Source:
         splits = {split: _pictures(folder, ignored) for split, folder in found.items()}
     else:
         splits = {ALL: _pictures(root, ignored)}
-    return Source(root, "folder", splits, _fingerprint(splits), dict(ignored))
+    return Source(root, "folder", splits, fingerprint_of(splits), dict(ignored))
 
 
 def _pictures(folder: Path, ignored: Counter[str]) -> FilePictures:
@@ -70,7 +70,8 @@ def _pictures(folder: Path, ignored: Counter[str]) -> FilePictures:
     return FilePictures(folder, files, labels if labelled else None)
 
 
-def _fingerprint(splits: dict[str, FilePictures]) -> str:
+def fingerprint_of(splits: Mapping[str, FilePictures]) -> str:
+    """Hash of the files' names, sizes and times."""
     digest = hashlib.sha256()
     for split, pictures in splits.items():
         for name, path in zip(pictures.names, pictures.files, strict=True):

@@ -1,0 +1,212 @@
+"""Packed data: pictures of one size as memory-mapped arrays, with a JSON index.
+
+A packed folder has ``index.json`` and, for each split, ``SPLIT.npy``: uint8 ``(N, H, W, C)``. A
+training reads it without decoding anything; processes share its pages.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lsgm.config.training import DataConfig
+from lsgm.data.spec import Datasets, DataSpec, ImageDataset
+from lsgm.errors import UserError
+from lsgm.system.files import atomic_write_json
+
+__all__ = [
+    "INDEX",
+    "PackIndex",
+    "PackedDataset",
+    "PackedSplit",
+    "is_packed",
+    "load_packed",
+    "read_index",
+    "write_index",
+]
+
+INDEX = "index.json"
+FORMAT, VERSION = "lsgm-packed", 1
+
+
+@dataclass(frozen=True)
+class PackedSplit:
+    """One split.
+
+    Attributes:
+        names: Of the pictures, in order.
+        sizes: Their height and width before cropping and resizing.
+        labels: Number of their classes, or None.
+    """
+
+    names: Sequence[str]
+    sizes: Sequence[Sequence[int]]
+    labels: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class PackIndex:
+    """What a packed folder holds.
+
+    Attributes:
+        image_size: Side in pixels.
+        channels: 1 or 3.
+        splits: By name: train, and test or validation or both.
+        classes: Names of the classes by number, or None.
+        made: How: source, its form and fingerprint, crop, resizing, how the splits were made.
+        broken: Pictures of the source that could not be read, ``[split, name, reason]``.
+        ignored: Number of files that were passed over, by reason.
+    """
+
+    image_size: int
+    channels: int
+    splits: Mapping[str, PackedSplit]
+    classes: Sequence[str] | None
+    made: Mapping[str, Any]
+    broken: Sequence[Sequence[str]] = ()
+    ignored: Mapping[str, int] = field(default_factory=dict)
+
+    def shape(self, split: str) -> tuple[int, int, int, int]:
+        """``(N, H, W, C)`` of a split's array."""
+        return len(self.splits[split].names), self.image_size, self.image_size, self.channels
+
+    @property
+    def held_out(self) -> str:
+        """The split that evaluation uses: test, or else validation."""
+        return "test" if "test" in self.splits else "validation"
+
+
+def write_index(folder: Path, index: PackIndex) -> None:
+    """Write the index, which makes the folder a packed one."""
+    atomic_write_json(folder / INDEX, {"format": FORMAT, "version": VERSION, **asdict(index)})
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a folder is a finished packed one, or claims to be."""
+    return (folder / INDEX).is_file() and (folder / "train.npy").exists()
+
+
+def read_index(folder: Path) -> PackIndex:
+    """The index of a packed folder, with its arrays checked against it.
+
+    Raises:
+        UserError: The index or an array is damaged or missing, or of a later version.
+    """
+    path = folder / INDEX
+    try:
+        values = json.loads(path.read_bytes())
+        if values.pop("format") != FORMAT:
+            raise ValueError("it is not the index of packed data")
+        if values.pop("version") != VERSION:
+            raise ValueError("it was written by a later version of lsgm")
+        values["splits"] = {name: PackedSplit(**s) for name, s in values["splits"].items()}
+        index = PackIndex(**values)
+        if "train" not in index.splits or index.held_out not in index.splits:
+            raise ValueError("it has no train and test split")
+        _check(index)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(
+            f"{path}: not a readable index of packed data ({reason}); run lsgm prepare again"
+        ) from error
+    for split in index.splits:
+        _array(folder, index, split)
+    return index
+
+
+def _check(index: PackIndex) -> None:
+    if index.channels not in (1, 3) or type(index.image_size) is not int or index.image_size < 1:
+        raise ValueError("image_size or channels are wrong")
+    for name, split in index.splits.items():
+        if not split.names or len(split.sizes) != len(split.names):
+            raise ValueError(f"{name}: names and sizes do not fit together")
+        labels = split.labels
+        if (labels is None) != (index.classes is None):
+            raise ValueError(f"{name}: labels and classes do not fit together")
+        if labels is not None and (
+            len(labels) != len(split.names)
+            or not all(type(n) is int and 0 <= n < len(index.classes or ()) for n in labels)
+        ):
+            raise ValueError(f"{name}: labels are wrong")
+
+
+def _array(folder: Path, index: PackIndex, split: str) -> np.ndarray:
+    path = folder / f"{split}.npy"
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{path}: damaged ({reason}); run lsgm prepare again") from error
+    if array.shape != index.shape(split) or array.dtype != np.uint8:
+        raise UserError(
+            f"{path}: {array.dtype} of shape {array.shape}, where {INDEX} says uint8 of "
+            f"{index.shape(split)}; run lsgm prepare again"
+        )
+    return array
+
+
+class PackedDataset(ImageDataset):
+    """A split of a packed folder, memory-mapped.
+
+    Args:
+        array: uint8 ``(N, H, W, C)``.
+        labels: ``(N,)`` int64, or None.
+    """
+
+    gather_ahead = True
+
+    def __init__(self, array: np.ndarray, labels: Tensor | None = None) -> None:
+        self.array = array
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def batch(self, index: Tensor) -> Tensor:
+        images = torch.from_numpy(self.array[index.numpy()])
+        return images.permute(0, 3, 1, 2).contiguous().float() / 255.0
+
+
+def load_packed(root: Path, cfg: DataConfig, ignored: Mapping[str, int] | None = None) -> Datasets:
+    """Train and test sets of a packed folder.
+
+    Args:
+        root: The folder.
+        cfg: Its ``image_size`` and ``channels``, where given, have to be those of the pack.
+        ignored: Counts to report in place of the index's.
+
+    Raises:
+        UserError: The folder is damaged, or has other pictures than ``cfg`` asks for.
+    """
+    index = read_index(root)
+    for key, found in (("image_size", index.image_size), ("channels", index.channels)):
+        asked = getattr(cfg, key)
+        if asked not in (None, found):
+            raise UserError(
+                f"data.{key}: {root} is packed with {found}, not {asked}; leave it out, or run "
+                "lsgm prepare again"
+            )
+    spec = DataSpec(
+        name=cfg.name,
+        channels=index.channels,
+        image_size=index.image_size,
+        padding=0,
+        binary=False,
+        num_classes=None if index.classes is None else len(index.classes),
+        flip=True if cfg.flip is None else cfg.flip,
+        affine=cfg.augment == "affine",
+        affine_padding="reflection",
+    )
+    sets = []
+    for split in ("train", index.held_out):
+        labels = index.splits[split].labels
+        classes = None if labels is None else torch.tensor(labels, dtype=torch.int64)
+        sets.append(PackedDataset(_array(root, index, split), classes))
+    return Datasets(sets[0], sets[1], spec, dict(index.ignored if ignored is None else ignored))

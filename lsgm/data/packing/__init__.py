@@ -1,0 +1,1 @@
+"""Packing what people have into one memory-mapped data set."""
