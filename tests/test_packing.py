@@ -138,15 +138,15 @@ def test_a_killed_pack_goes_on_and_gives_the_same(tmp_path, monkeypatch):
     options = ("--image_size", "8", "--max_broken", "0.1", "--workers", "1")
     run(source, tmp_path / "whole", *options)
     done: list[engine.Chunk] = []
-    original = engine._Job.__call__
+    original = engine.Job.__call__
 
-    def dies(job: engine._Job, chunk: engine.Chunk) -> engine.Done:
+    def dies(job: engine.Job, chunk: engine.Chunk) -> engine.Done:
         if len(done) == 4:
             raise KeyboardInterrupt
         done.append(chunk)
         return original(job, chunk)
 
-    monkeypatch.setattr(engine._Job, "__call__", dies)
+    monkeypatch.setattr(engine.Job, "__call__", dies)
     with pytest.raises(KeyboardInterrupt):
         run(source, tmp_path / "p", *options)
     assert not (tmp_path / "p/index.json").exists()
@@ -158,7 +158,7 @@ def test_a_killed_pack_goes_on_and_gives_the_same(tmp_path, monkeypatch):
     log.write_bytes(log.read_bytes() + b'{"split": "tra')  # torn
     again: list[engine.Chunk] = []
     monkeypatch.setattr(
-        engine._Job, "__call__", lambda job, chunk: again.append(chunk) or original(job, chunk)
+        engine.Job, "__call__", lambda job, chunk: again.append(chunk) or original(job, chunk)
     )
     run(source, tmp_path / "p", *options)
     assert not set(again) & set(done[:4]) and len(again) + 4 == 10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from lsgm.benchmark.data import data_command
 from lsgm.benchmark.few_step import few_step_command
 from lsgm.benchmark.few_step_images import few_step_images_command
 from lsgm.benchmark.joint import joint_command
@@ -14,6 +15,7 @@ from lsgm.benchmark.variance import variance_command
 __all__ = ["COMMANDS"]
 
 COMMANDS: dict[str, Callable[[Sequence[str], str], None]] = {
+    "data": data_command,
     "few-step": few_step_command,
     "few-step-images": few_step_images_command,
     "joint": joint_command,

@@ -15,7 +15,8 @@ def benchmark(argv: Sequence[str], prog: str) -> None:
     VAE step against a plain build of the same network, its FLOP/s, and where its time goes. joint:
     a joint step against a step of each stage. variance: variance of both sides' gradients for every
     weighting and proposal. few-step: error of samplers at few evaluations, beside those of
-    diffusers. few-step-images: of score models of images, beside the published sampler too.
+    diffusers. few-step-images: of score models of images, beside the published sampler too. data:
+    packing beside decoding, and reading from the pack beside the folder.
     """
     chosen = choose_subcommand(COMMANDS, argv, prog, benchmark.__doc__)
     if chosen is not None:

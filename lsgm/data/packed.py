@@ -171,7 +171,7 @@ class PackedDataset(ImageDataset):
 
     def batch(self, index: Tensor) -> Tensor:
         images = torch.from_numpy(self.array[index.numpy()])
-        return images.permute(0, 3, 1, 2).contiguous().float() / 255.0
+        return images.permute(0, 3, 1, 2).contiguous().float().div_(255.0)
 
 
 def load_packed(root: Path, cfg: DataConfig, ignored: Mapping[str, int] | None = None) -> Datasets:

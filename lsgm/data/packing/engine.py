@@ -39,7 +39,7 @@ from lsgm.system.files import atomic_write_json, log_line, read_log_line
 from lsgm.system.locks import FolderLock
 from lsgm.system.progress import progress_bar
 
-__all__ = ["CHUNK_BYTES", "pack"]
+__all__ = ["CHUNK_BYTES", "Chunk", "Done", "Job", "chunks_of", "in_parallel", "pack", "worker_pool"]
 
 CHUNK_BYTES = 1 << 23
 """Of finished pictures in a chunk; a worker holds one chunk and one decoded picture."""
@@ -205,6 +205,16 @@ def _check_space(out: Path, counts: Mapping[str, int], picture: int) -> None:
         )
 
 
+def chunks_of(splits: Mapping[str, Pictures], settings: PackSettings, channels: int) -> list[Chunk]:
+    """The parts of the work."""
+    step = max(1, CHUNK_BYTES // (settings.image_size**2 * channels))
+    return [
+        Chunk(split, start, min(start + step, len(pictures)))
+        for split, pictures in splits.items()
+        for start in range(0, len(pictures), step)
+    ]
+
+
 Sizes = dict[str, list[list[int] | str]]
 
 
@@ -217,13 +227,7 @@ def _run(
     workers: int | None,
 ) -> Sizes:
     """Write every chunk that is not in the log; what became of each picture."""
-    row = settings.image_size**2 * channels
-    step = max(1, CHUNK_BYTES // row)
-    chunks = [
-        Chunk(split, start, min(start + step, len(pictures)))
-        for split, pictures in splits.items()
-        for start in range(0, len(pictures), step)
-    ]
+    chunks = chunks_of(splits, settings, channels)
     sizes: Sizes = {split: [[]] * len(pictures) for split, pictures in splits.items()}
     total = sum(map(len, splits.values()))
     limit = int(settings.max_broken * total)
@@ -243,10 +247,10 @@ def _run(
         finished.add(done.chunk)
     waiting = [chunk for chunk in chunks if chunk not in finished]
     ready = total - sum(chunk.stop - chunk.start for chunk in waiting)
-    job = _Job(splits, work, settings, channels, offsets)
+    job = Job(splits, work, settings, channels, offsets)
     bar = progress_bar(total=total, initial=ready, desc="packing", unit="img", leave=False)
-    with bar, log.open("ab") as file, _pool(job, workers, len(waiting)) as pool:
-        for done in _in_parallel(pool, waiting, job):
+    with bar, log.open("ab") as file, worker_pool(job, workers, len(waiting)) as pool:
+        for done in in_parallel(pool, waiting, job):
             note(done)
             chunk = done.chunk
             record = {"split": chunk.split, "start": chunk.start, "sizes": done.sizes}
@@ -283,8 +287,8 @@ def _logged(log: Path, chunks: Sequence[Chunk]) -> Iterator[Done]:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """Everything that a worker needs, sent to it once."""
+class Job:
+    """Everything that a worker needs, sent to it once; called with a chunk, it does the work."""
 
     splits: Mapping[str, Pictures]
     work: Path
@@ -319,10 +323,10 @@ class _Job:
         return size
 
 
-_job: _Job | None = None
+_job: Job | None = None
 
 
-def _start(job: _Job) -> None:
+def _start(job: Job) -> None:
     global _job
     _job = job
 
@@ -333,7 +337,7 @@ def _do(chunk: Chunk) -> Done:
 
 
 @contextlib.contextmanager
-def _pool(job: _Job, workers: int | None, chunks: int) -> Iterator[Executor]:
+def worker_pool(job: Job, workers: int | None, chunks: int) -> Iterator[Executor]:
     """Processes; one thread of this process where they would not pay, or the pictures are in
     memory.
     """
@@ -351,7 +355,7 @@ def _pool(job: _Job, workers: int | None, chunks: int) -> Iterator[Executor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _in_parallel(pool: Executor, chunks: Sequence[Chunk], job: _Job) -> Iterator[Done]:
+def in_parallel(pool: Executor, chunks: Sequence[Chunk], job: Job) -> Iterator[Done]:
     """Results as they come; few chunks wait at a time."""
     do = _do if isinstance(pool, ProcessPoolExecutor) else job
     queue, running = iter(chunks), set[Future[Done]]()
