@@ -36,8 +36,10 @@ from lsgm.objectives import NormalControlVariate, prior_losses
 from lsgm.score import MixedNormalScore
 from lsgm.sde import VPSDE
 from lsgm.times import make_proposal
+from lsgm.training import World
 from lsgm.training.context import EvalContext
-from lsgm.training.runs.latent import _inactive_channels, train_lsgm
+from lsgm.training.runs.latent import train_lsgm
+from lsgm.training.runs.scan import LatentScan
 from lsgm.training.stages.latent import LSGMStage
 from lsgm.weighting import make_weighting
 from vae.layers import BatchNorm
@@ -237,7 +239,7 @@ def test_the_published_mask_is_in_checkpoints_and_not_in_the_release(
 ) -> None:
     scripted.update(dict.fromkeys(range(1, 5), 1.0))
     inactive = torch.tensor([True, False, False, True])
-    monkeypatch.setattr("lsgm.training.runs.latent._inactive_channels", lambda *_: inactive)
+    monkeypatch.setattr(LatentScan, "inactive_channels", lambda *_, **__: inactive)
     prior = PriorConfig(NETWORK, drop_inactive=True, inactive_mask="training")
     config = every_epoch(short_run(vae_run, prior), "last")
     out = train_lsgm(config, str(tmp_path / "run"))
@@ -397,7 +399,7 @@ def test_without_a_finite_evaluation_the_last_weights_are_released(
 
 @pytest.mark.parametrize(("mask", "augmented"), [("kept", False), ("training", True)])
 def test_the_published_scan_for_inactive_channels_reads_images_as_training_does(
-    mask: str, augmented: bool, monkeypatch: pytest.MonkeyPatch
+    mask: str, augmented: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Flips included; ours reads the images as they are."""
     flags: list[bool] = []
@@ -406,9 +408,13 @@ def test_the_published_scan_for_inactive_channels_reads_images_as_training_does(
         flags.append(train)
         return 2 * x.round() - 1
 
-    monkeypatch.setattr("lsgm.training.runs.latent.preprocess", record)
+    monkeypatch.setattr("lsgm.training.runs.scan.preprocess", record)
     prior = PriorConfig(NETWORK, drop_inactive=True, inactive_mask=mask)  # type: ignore[arg-type]
     data = ArrayDataset(images(8))
     model = make_model(prior)
-    inactive = _inactive_channels(model, Datasets(data, data, model.spec), 4)
+    scan = LatentScan(
+        model, Datasets(data, data, model.spec), tmp_path, World(torch.device("cpu")),
+        batch_size=4, precision="float32",
+    )  # fmt: skip
+    inactive = scan.inactive_channels(None, augmented=mask == "training")
     assert flags == [augmented] * 2 and inactive.shape == (model.score.channels,)

@@ -40,6 +40,7 @@ from lsgm.solvers import AdaptiveODE
 from lsgm.tensors import expand_like
 from lsgm.times import make_proposal
 from lsgm.training.runs.latent import train_lsgm
+from lsgm.training.runs.scan import LatentScan
 from lsgm.training.stages.latent import LSGMStage, score_convolutions
 from lsgm.training.state import StepContext, TrainState
 from lsgm.weighting import make_weighting
@@ -525,11 +526,11 @@ def test_inactive_channels_and_both_averages_are_in_the_release(
 ) -> None:
     """Found before training, kept through a resume, and released with the averaged weights."""
     inactive = torch.tensor([True, False, False, True])
-    monkeypatch.setattr("lsgm.training.runs.latent._inactive_channels", lambda *_: inactive)
+    monkeypatch.setattr(LatentScan, "inactive_channels", lambda *_, **__: inactive)
     prior = PriorConfig(NETWORK, drop_inactive=True)
     out = tmp_path / "run"
     train_lsgm(short_run(vae_run, prior, steps=2), str(out))
-    monkeypatch.setattr("lsgm.training.runs.latent._inactive_channels", lambda *_: ~inactive)
+    monkeypatch.setattr(LatentScan, "inactive_channels", lambda *_, **__: ~inactive)
     train_lsgm(short_run(vae_run, prior, steps=4), str(out), resume=True)
     model = load(out)
     assert isinstance(model, LSGM)

@@ -230,10 +230,18 @@ class HierarchicalVAE(nn.Module):
         return VAEOutput(posterior, self._likelihood(state))
 
     def encode(
-        self, x: Tensor, rng: Rng = None, noise: Sequence[Tensor] | None = None
+        self,
+        x: Tensor,
+        rng: Rng = None,
+        noise: Sequence[Tensor] | None = None,
+        *,
+        top_only: bool = False,
     ) -> Posterior:
-        """Draw the latents of ``x`` (B, C, R, R) in [-1, 1]; arguments as in :meth:`forward`."""
-        return self._infer(self.encoder(x), rng, noise, latents_only=True)[0]
+        """Draw the latents of ``x`` (B, C, R, R) in [-1, 1]; arguments as in :meth:`forward`.
+        ``top_only``: those of the coarsest scale alone.
+        """
+        last = self.num_groups_per_scale if top_only else self.num_groups
+        return self._infer(self.encoder(x), rng, noise, last)[0]
 
     def decode(self, eps: Sequence[Tensor]) -> Distribution:
         """Distribution of the image given the latents (B, L, h, w) of all groups.
@@ -289,8 +297,11 @@ class HierarchicalVAE(nn.Module):
         taps: Sequence[Tensor],
         rng: Rng,
         noise: Sequence[Tensor] | None,
-        latents_only: bool = False,
+        last: int | None = None,
     ) -> tuple[Posterior, Tensor]:
+        """The posterior and the decoder's state after all groups; with ``last``, nothing is
+        computed beyond the latents of that many groups.
+        """
         if noise is not None and len(noise) != self.num_groups:
             raise ValueError(f"there are {self.num_groups} groups, got noise for {len(noise)}")
         batch, device = taps[0].shape[0], taps[0].device
@@ -304,23 +315,27 @@ class HierarchicalVAE(nn.Module):
                 # Taps were taken on the way down; the way up meets them in reverse.
                 draw = group.infer(taps[-1 - k], state, given)
                 draws.append(draw)
-                if not (latents_only and len(draws) == self.num_groups):
-                    state = group.generate(state, draw.eps)
+                if len(draws) == last:
+                    return _posterior(draws), state
+                state = group.generate(state, draw.eps)
             if scale.up is not None:
                 state = scale.up(state)
-        posterior = Posterior(
-            eps=tuple(d.eps for d in draws),
-            log_q=tuple(d.log_q for d in draws),
-            mu=tuple(d.mu for d in draws),
-            log_sigma=tuple(d.log_sigma for d in draws),
-        )
-        return posterior, state
+        return _posterior(draws), state
 
     def _likelihood(self, state: Tensor) -> Distribution:
         logits = self.decoder.image_logits(state)
         if self.context is not None:
             return AutoregressiveBernoulli(logits, self.context, self.crop)
         return decoder_distribution(self.decoder_dist, logits, self.num_x_bits)
+
+
+def _posterior(draws: Sequence[GroupPosterior]) -> Posterior:
+    return Posterior(
+        eps=tuple(d.eps for d in draws),
+        log_q=tuple(d.log_q for d in draws),
+        mu=tuple(d.mu for d in draws),
+        log_sigma=tuple(d.log_sigma for d in draws),
+    )
 
 
 def _make_cell(

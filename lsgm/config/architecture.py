@@ -239,6 +239,9 @@ class PriorConfig:
     and balance too, as published. false: it is that of the prior's own objective."""
     drop_inactive: bool = False
     """Keep N(0, I) for latent channels that carry no information (KL below 0.1 nats)."""
+    scan_images: int | None = None
+    """drop_inactive: training images, drawn by a fixed seed, among which those channels are sought.
+    None: as many as have 16,384 positions in the latents' maps, 16 at least."""
     inactive_mask: Literal["kept", "training"] = "kept"
     """drop_inactive: kept: those channels stay N(0, I) for good. training, as published: their
     mixing starts at logit -15 and is trained, and they are hidden from the network in training
@@ -260,6 +263,7 @@ class PriorConfig:
 
     def __post_init__(self) -> None:
         require_non_negative(self, "spectral_regularization norm_regularization")
+        require_positive(self, "scan_images")
         require(
             self.mixed or not self.drop_inactive,
             "drop_inactive: needs mixed true (N(0, I) is the Normal part of the mix)",

@@ -10,31 +10,26 @@ from typing import Any
 
 import torch
 
-from lsgm.config.architecture import PriorConfig
 from lsgm.config.training import DataConfig, LSGMTrainConfig, OptimConfig, VAETrainConfig
-from lsgm.data import Batches, Datasets, build_datasets, fitting_batch_size, preprocess
+from lsgm.data import Datasets, build_datasets
 from lsgm.errors import UserError
 from lsgm.models.latent import LSGM, VAEModel, build_prior, build_vae
 from lsgm.models.loading import build_described, load
 from lsgm.models.release import save
-from lsgm.sde import largest_squared_distance
 from lsgm.system.curves import learning_curves, read_metrics
 from lsgm.system.files import RunFolder
 from lsgm.training.context import EvalContext
 from lsgm.training.evaluation import evaluate_vae
 from lsgm.training.runs.launch import OpenRun, Training, started
 from lsgm.training.runs.resume import Resume
+from lsgm.training.runs.scan import LatentScan
 from lsgm.training.stages.latent import LSGMStage, VAEStage
 from lsgm.training.state import Stage, TrainState
-from vae.objective import active_channels, kl_per_channel
 
 __all__ = [
     "train_lsgm",
     "train_vae",
 ]
-
-MAX_SCAN_BATCHES = 1001
-"""Training batches that the search for inactive latent channels reads at most."""
 
 
 def train_vae(config: VAETrainConfig, out: str | None = None, *, resume: Resume = False) -> Path:
@@ -74,7 +69,7 @@ def train_lsgm(config: LSGMTrainConfig, out: str | None = None, *, resume: Resum
         if not run.plan.finished:
             described = run.begun_with()
             if described is None:
-                model = _begin(config, run.datasets)
+                model = _begin(config, run)
             else:
                 model = _begun(described, config, run.folder)
             stage = LSGMStage(model, config.objective, model.prior_config)
@@ -85,16 +80,16 @@ def train_lsgm(config: LSGMTrainConfig, out: str | None = None, *, resume: Resum
     return run.folder.path
 
 
-def _begin(config: LSGMTrainConfig, datasets: Datasets) -> LSGM:
+def _begin(config: LSGMTrainConfig, run: OpenRun[Datasets]) -> LSGM:
     """The model before its first step."""
-    first = _first_stage(config)
+    first, datasets = _first_stage(config), run.datasets
     if not _same_images(first, datasets):
         source = config.lsgm_run or config.vae_run
         raise UserError(f"{source}: it is not a model of {datasets.spec.name} images of this size")
     torch.manual_seed(config.train.seed)
     if config.lsgm_run is not None:
         return _continued(first, config)
-    return _with_new_prior(first, config, datasets)
+    return _with_new_prior(first, config, run)
 
 
 def _begun(description: dict[str, Any], config: LSGMTrainConfig, run: RunFolder) -> LSGM:
@@ -137,13 +132,25 @@ def _check_prior(first: LSGM, config: LSGMTrainConfig) -> None:
         raise UserError(f"add_context_blocks: {config.lsgm_run} has a decoder without a context")
 
 
-def _with_new_prior(first: VAEModel, config: LSGMTrainConfig, datasets: Datasets) -> LSGM:
+def _with_new_prior(first: VAEModel, config: LSGMTrainConfig, run: OpenRun[Datasets]) -> LSGM:
     """The trained VAE and an untrained prior."""
-    prior = _fit_sde(config.prior, first, datasets, config.train.batch_size)
+    prior, world, train = config.prior, run.world, config.train
+    scan = LatentScan(
+        first,
+        run.datasets,
+        run.folder.path,
+        world,
+        batch_size=max(train.batch_size // (world.size * train.accumulate), 1),
+        precision=train.precision,
+    )
+    if prior.sde.kind == "vesde":
+        sde = replace(prior.sde, sigma2_max=scan.largest_squared_distance())
+        prior = replace(prior, sde=sde)
     score = build_prior(prior, first.vae)
-    model = LSGM(first.vae, score, datasets.spec, first.vae_config, prior)
+    model = LSGM(first.vae, score, run.datasets.spec, first.vae_config, prior)
     if prior.drop_inactive:
-        score.deactivate(_inactive_channels(model, datasets, config.train.batch_size))
+        augmented = prior.inactive_mask == "training"  # as in training, as published
+        score.deactivate(scan.inactive_channels(prior.scan_images, augmented=augmented).cpu())
     return model
 
 
@@ -193,50 +200,3 @@ def _fit(
         learning_curves(lines, folder.path / "curves.png", num_dims=num_dims)
 
     run.train(Training(stage, model, optims, release, evaluate, draw_curves))
-
-
-@torch.no_grad()
-def _inactive_channels(model: LSGM, datasets: Datasets, batch_size: int) -> torch.Tensor:
-    """Channels of the coarsest scale whose KL to N(0, 1), averaged over training images, is at most
-    0.1 nats; ``(C,)`` bool.
-    """
-    model.eval()
-    augmented = model.prior_config.inactive_mask == "training"  # as in training, as published
-    rng = torch.Generator().manual_seed(0)
-    size = fitting_batch_size(batch_size, len(datasets.train))
-    batches = Batches(datasets.train, size, train=True)
-    total = torch.zeros(model.vae.top_shape[0], dtype=torch.float64)
-    count = 0
-    for _, images in batches.epoch():
-        x = preprocess(images, model.spec, model.vae_config.num_x_bits, rng, train=augmented)
-        posterior = model.vae.encode(x, rng=rng)
-        total += kl_per_channel(posterior)[: model.vae.num_groups_per_scale].flatten().double()
-        count += 1
-        if count == MAX_SCAN_BATCHES:
-            break
-    return ~active_channels(total / count)
-
-
-@torch.no_grad()
-def _fit_sde(
-    prior: PriorConfig, model: VAEModel, datasets: Datasets, batch_size: int
-) -> PriorConfig:
-    """For the VESDE, set ``sigma2_max`` to the largest squared distance between encodings
-    (2011.13456, App. C); else no change.
-    """
-    if prior.sde.kind != "vesde":
-        return prior
-    rng = torch.Generator().manual_seed(0)
-    size = fitting_batch_size(batch_size, len(datasets.train))
-    batches = Batches(datasets.train, size, train=True)
-    latents = (
-        model.vae.concat_top(
-            model.vae.encode(
-                preprocess(images, model.spec, model.vae_config.num_x_bits, rng), rng=rng
-            ).eps
-        )
-        for _, images in batches.epoch()
-    )
-    return replace(
-        prior, sde=replace(prior.sde, sigma2_max=float(largest_squared_distance(latents)))
-    )
