@@ -39,7 +39,7 @@ from torch import Tensor
 from lsgm.sde import LinearSDE
 from lsgm.solvers import EpsFn, Hook
 from lsgm.tensors import expand_like
-from vae.random import Rng, randn
+from vae.random import Rng, rand, randn
 
 __all__ = [
     "ClassifierGuidance",
@@ -50,6 +50,7 @@ __all__ = [
     "classifier_free",
     "colour_basis",
     "grey_projector",
+    "hide_labels",
     "mask_projector",
 ]
 
@@ -179,3 +180,11 @@ def classifier_free(eps_fn: ConditionalEpsFn, labels: Tensor, scale: float = 1.0
         return torch.lerp(unconditional, eps_fn(x_t, t, labels), scale)
 
     return guided
+
+
+def hide_labels(labels: Tensor, num_classes: int, fraction: float, rng: Rng = None) -> Tensor:
+    """``labels (B,)`` with about ``fraction`` of them replaced by ``num_classes``, the class of no
+    class, so that one network learns both laws (arXiv 2207.12598 algorithm 1).
+    """
+    hidden = rand(labels.shape, rng, device=labels.device) < fraction
+    return torch.where(hidden, num_classes, labels)

@@ -67,6 +67,9 @@ class MixedNormalScore(nn.Module):
         mask_mixing: whether inactive channels have no mixing, so that they are Normal exactly. If
             not (as published), their mixing is a trained number that starts near zero.
 
+    A network that knows classes is given them too; since the mix is affine in what the network
+    says, guidance of the mixed prediction is that of the network's share.
+
     Raises:
         ValueError: unknown ``predict``, or a correction without the mix.
 
@@ -138,22 +141,25 @@ class MixedNormalScore(nn.Module):
         if not self.mask_mixing and self.mixing_logit is not None:
             self.mixing_logit.masked_fill_(inactive, INACTIVE_LOGIT)
 
-    def residual(self, x_t: Tensor, t: Tensor) -> Tensor:
+    def residual(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The network alone, at the masked input: ``(B, C, H, W)`` in its own dtype."""
         dtype = self.channel_mask.dtype
-        return self.network(x_t.to(dtype) * self.channel_mask, t.to(dtype))
+        given = () if labels is None else (labels,)
+        return self.network(x_t.to(dtype) * self.channel_mask, t.to(dtype), *given)
 
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """Predicted noise.
 
         Args:
             x_t: ``(B, C, H, W)``.
             t: ``(B,)`` or a scalar; float64 keeps the Normal component exact near ``t = 0``.
+            labels: ``(B,)`` int64, for a network that knows classes, where their number stands for
+                no class.
 
         Returns:
             ``(B, C, H, W)`` in float32, or in the dtype of ``x_t`` if that is wider.
         """
-        residual = self.residual(x_t, t)
+        residual = self.residual(x_t, t, labels)
         dtype = torch.promote_types(x_t.dtype, torch.float32)
         if self.mixing_logit is None:
             return residual.to(dtype)

@@ -294,8 +294,13 @@ def _classifier(path: str | None, option: str, model: DiffusionModel) -> ImageCl
 
 def _class_conditional(options: ClassOptions) -> None:
     model = _open(options)
-    if model.has_latents:
-        raise UserError("--run: an LSGM knows no classes; give a score model in data space")
+    if model.has_latents and options.classifier is not None:
+        raise UserError("--classifier: it guides a model of images, and this one has latents")
+    if model.num_classes is None and options.classifier is None:
+        raise UserError(
+            f"--run: {options.run} was trained without classes (class_conditional); give another, "
+            "or of a model of images a --classifier that guides it"
+        )
     classifier = _classifier(options.classifier, "classifier", model)
     judge = _classifier(options.judge, "judge", model)
     sampler = build_sampler(model, options)

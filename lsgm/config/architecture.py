@@ -239,6 +239,11 @@ class PriorConfig:
     and balance too, as published. false: it is that of the prior's own objective."""
     drop_inactive: bool = False
     """Keep N(0, I) for latent channels that carry no information (KL below 0.1 nats)."""
+    class_conditional: bool = False
+    """The network is told the class of an image, which the dataset must know."""
+    label_dropout: float = 0.1
+    """class_conditional: fraction of images whose class is hidden in training, so that the network
+    can do without (classifier-free guidance)."""
     scan_images: int | None = None
     """drop_inactive: training images, drawn by a fixed seed, among which those channels are sought.
     None: as many as have 16,384 positions in the latents' maps, 16 at least."""
@@ -264,6 +269,10 @@ class PriorConfig:
     def __post_init__(self) -> None:
         require_non_negative(self, "spectral_regularization norm_regularization")
         require_positive(self, "scan_images")
+        require(
+            0.0 <= self.label_dropout <= 1.0,
+            f"label_dropout: must lie in [0, 1], not {self.label_dropout}",
+        )
         require(
             self.mixed or not self.drop_inactive,
             "drop_inactive: needs mixed true (N(0, I) is the Normal part of the mix)",

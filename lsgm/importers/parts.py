@@ -60,7 +60,8 @@ def import_parts(
         _fill(model.vae, folder / "autoencoder")
         if "prior" in index:
             prior = prior_config_from(read_json(folder / "prior" / CONFIG))
-            model = LSGM(vae, build_prior(prior, vae), spec, vae_config, prior)
+            score = build_prior(prior, vae, num_classes=spec.num_classes)
+            model = LSGM(vae, score, spec, vae_config, prior)
             config = LSGMTrainConfig(name=Path(out).name, data=data, prior=prior)
             _fill(model.score, folder / "prior")
     except (KeyError, TypeError, ValueError) as error:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from lsgm.conditioning import classifier_free
 from lsgm.config.training import DataConfig
 from lsgm.data.preprocess import preprocess
 from lsgm.data.spec import DataSpec
@@ -391,14 +392,23 @@ class DiffusionModel(Model):
         return []
 
     def eps_fn(self, labels: Tensor | None = None, guidance: float = 1.0) -> EpsFn:
-        """The noise prediction as solvers take it, for classes ``labels (B,)`` if given.
+        """The noise prediction as solvers take it.
+
+        ``labels``: ``(B,)``, int64, the class of each item; None: no class. ``guidance``: the scale
+        of :func:`lsgm.conditioning.classifier_free`; 1 is the conditional model.
 
         Raises:
             UserError: The model takes no class, or has no such class.
         """
-        if labels is not None:
-            raise UserError("this model was trained without classes")
-        return self.score
+        if labels is None:
+            return self.score
+        classes = self.num_classes
+        if classes is None:
+            raise UserError("this model was trained without classes (class_conditional)")
+        labels = labels.to(self.device)
+        if labels.numel() and not (labels.min() >= 0 and labels.max() < classes):
+            raise UserError(f"this model has the classes 0 to {classes - 1}")
+        return classifier_free(self.score, labels, guidance)
 
     @torch.no_grad()
     def denoise(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:

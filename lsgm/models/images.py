@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lsgm.conditioning import classifier_free
 from lsgm.config.architecture import SamplerConfig, ScoreModelConfig
 from lsgm.data.pixels import Pixels
 from lsgm.data.spec import DataSpec
@@ -30,7 +29,7 @@ from lsgm.networks.ncsn import NCSN
 from lsgm.noise_ladder import NoiseLadder, select_step
 from lsgm.registry import NETWORKS
 from lsgm.sde import VESDE, VPSDE, LinearSDE, make_sde
-from lsgm.solvers import AnnealedLangevin, EpsFn, Solver, make_solver
+from lsgm.solvers import AnnealedLangevin, Solver, make_solver
 from lsgm.solvers.sampler import Sampler
 from lsgm.system.memory import build_within_memory
 from vae.random import Rng, rand
@@ -146,25 +145,6 @@ class DataSGM(DiffusionModel):
             low, high = self.pixels.limits
             return temperature * (low + (high - low) * rand(shape, rng, device=self.device))
         return super().prior_start(num, rng, temperature, solver)
-
-    def eps_fn(self, labels: Tensor | None = None, guidance: float = 1.0) -> EpsFn:
-        """The noise prediction as solvers take it.
-
-        ``labels``: ``(B,)``, int64, the class of each image; None: no class. ``guidance``: the
-        scale of :func:`lsgm.conditioning.classifier_free`; 1 is the conditional model.
-
-        Raises:
-            UserError: The model takes no class, or has no such class.
-        """
-        if labels is None:
-            return self.score
-        classes = self.num_classes
-        if classes is None:
-            raise UserError("this model was trained without classes (score.class_conditional)")
-        labels = labels.to(self.device)
-        if labels.numel() and not (labels.min() >= 0 and labels.max() < classes):
-            raise UserError(f"this model has the classes 0 to {classes - 1}")
-        return classifier_free(self.score, labels, guidance)
 
     # Sampling
 

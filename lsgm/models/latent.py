@@ -98,12 +98,21 @@ def build_vae(config: VAEConfig, spec: DataSpec) -> HierarchicalVAE:
 
 
 def build_prior(
-    config: PriorConfig, vae: HierarchicalVAE, network: nn.Module | None = None
+    config: PriorConfig,
+    vae: HierarchicalVAE,
+    network: nn.Module | None = None,
+    *,
+    num_classes: int | None = None,
 ) -> MixedNormalScore:
     """The mixed-Normal score of ``config`` for the coarsest latent scale of ``vae``; of its network
-    too, unless one ``(z (B, C, H, W), t (B,))`` is given.
+    too, unless one ``(z (B, C, H, W), t (B,))``, or ``(z, t, labels (B,))``, is given.
+
+    ``num_classes``: of the data, which a class-conditional prior has to know.
     """
     channels, size, _ = vae.top_shape
+    if config.class_conditional and not num_classes:
+        raise UserError("prior.class_conditional: the data have no classes")
+    classes = (num_classes or 0) if config.class_conditional else 0
     if network is None and size % 2 ** (config.network.num_scales - 1):
         raise UserError(
             f"prior.network.num_scales: {config.network.num_scales} is too many for latents of "
@@ -112,7 +121,9 @@ def build_prior(
     sde = make_sde(**asdict(config.sde))
     if network is None:
         network = build_within_memory(
-            lambda: NCSNpp(channels=channels, resolution=size, **asdict(config.network)),
+            lambda: NCSNpp(
+                channels=channels, resolution=size, num_classes=classes, **asdict(config.network)
+            ),
             "prior.network",
         )
     return MixedNormalScore(
@@ -302,6 +313,13 @@ class LSGM(DiffusionModel, VAEModel):
     @property
     def diffusion(self) -> LSGM:
         return self
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes that the prior can be told; None if it takes none. Bounds are on ``-log p(x)``:
+        the prior is told no class there.
+        """
+        return self.spec.num_classes if self.prior_config.class_conditional else None
 
     @property
     def mixing(self) -> Tensor:

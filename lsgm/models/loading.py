@@ -115,7 +115,8 @@ def _vae_of(description: dict[str, Any], spec: DataSpec) -> VAEModel:
 def _lsgm_of(description: dict[str, Any], spec: DataSpec, network: nn.Module | None = None) -> LSGM:
     config = section(VAEConfig, description["vae"])
     vae, prior = build_vae(config, spec), prior_config_from(description["prior"])
-    return LSGM(vae, build_prior(prior, vae, network), spec, config, prior)
+    score = build_prior(prior, vae, network, num_classes=spec.num_classes)
+    return LSGM(vae, score, spec, config, prior)
 
 
 GENERIC_KINDS = (ScoreModel.kind, LatentScoreModel.kind, AutoencoderModel.kind)

@@ -19,7 +19,8 @@ __all__ = ["draw_samples", "iterate_samples", "row_sampler", "solver_name"]
 def row_sampler(
     model: Model, options: SolverOptions, callback: Callback | None = None
 ) -> Callable[[Sequence[int]], Batch]:
-    """A function that draws the images with the numbers that it is given, as one batch.
+    """A function that draws the images with the numbers that it is given, as one batch; of a model
+    that takes classes, image ``k`` is of class ``k`` modulo their number.
 
     ``callback`` is told after every step of the solver.
 
@@ -32,7 +33,11 @@ def row_sampler(
 
     def draw(rows: Sequence[int]) -> Batch:
         rng = RowGenerators.of(options.seed, rows)
-        return model.draw(len(rows), rng, sampler, temperature=temperature, callback=callback)
+        classes = model.num_classes
+        labels = None if classes is None else torch.tensor(rows) % classes
+        return model.draw(
+            len(rows), rng, sampler, labels=labels, temperature=temperature, callback=callback
+        )
 
     return draw
 

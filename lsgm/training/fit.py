@@ -294,7 +294,8 @@ def _(model: VAEModel, config: FitConfig, run: OpenRun[_Data]) -> Training:
             optims["vae"] = config.optim_vae
     else:
         stage, optims = VAEStage(model, config.elbo), {"vae": config.optim}
-    return Training(stage, model, optims, release, _if_tested(run, evaluate))
+    labels = model.num_classes is not None
+    return Training(stage, model, optims, release, _if_tested(run, evaluate), labels=labels)
 
 
 def _generic(

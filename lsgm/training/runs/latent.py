@@ -123,7 +123,8 @@ def _check_prior(first: LSGM, config: LSGMTrainConfig) -> None:
     own = first.prior_config
     if own.sde.kind == "vesde":  # its range was fitted to the latents
         own = replace(own, sde=replace(own.sde, sigma2_max=config.prior.sde.sigma2_max))
-    for name in ("network", "sde", "mixed", "predict", "drop_inactive", "inactive_mask"):
+    fixed = "network sde mixed predict drop_inactive inactive_mask class_conditional"
+    for name in fixed.split():
         if getattr(config.prior, name) != getattr(own, name):
             raise UserError(
                 f"prior.{name}: not that of the run that --lsgm {config.lsgm_run} names"
@@ -146,7 +147,7 @@ def _with_new_prior(first: VAEModel, config: LSGMTrainConfig, run: OpenRun[Datas
     if prior.sde.kind == "vesde":
         sde = replace(prior.sde, sigma2_max=scan.largest_squared_distance())
         prior = replace(prior, sde=sde)
-    score = build_prior(prior, first.vae)
+    score = build_prior(prior, first.vae, num_classes=run.datasets.spec.num_classes)
     model = LSGM(first.vae, score, run.datasets.spec, first.vae_config, prior)
     if prior.drop_inactive:
         augmented = prior.inactive_mask == "training"  # as in training, as published
@@ -199,4 +200,5 @@ def _fit(
         num_dims = None if model.spec.binary else model.spec.num_dims
         learning_curves(lines, folder.path / "curves.png", num_dims=num_dims)
 
-    run.train(Training(stage, model, optims, release, evaluate, draw_curves))
+    labels = model.num_classes is not None
+    run.train(Training(stage, model, optims, release, evaluate, draw_curves, labels))

@@ -44,6 +44,7 @@ FIXED = (
     "prior.predict",
     "prior.training",
     "prior.drop_inactive",
+    "prior.class_conditional",
     "score.*",
     "classifier.*",
     "add_context_blocks",

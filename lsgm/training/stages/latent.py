@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lsgm.conditioning import ConditionalEpsFn, hide_labels
 from lsgm.config.architecture import PriorConfig
 from lsgm.config.training import ObjectiveConfig
 from lsgm.data.preprocess import preprocess
+from lsgm.data.spec import LabelledImages
 from lsgm.errors import UserError
 from lsgm.models.latent import LSGM, VAEModel
 from lsgm.networks.resample import FIRConvDownsample, FIRConvUpsample
 from lsgm.objectives import NormalControlVariate, PriorLosses, prior_losses
+from lsgm.score import EpsFn
 from lsgm.tensors import sum_except_batch
 from lsgm.times import TimeProposal, make_proposal
 from lsgm.training.state import Stage, StepContext, StepOutput
@@ -200,6 +203,11 @@ class _Balance:
         return self.coefficient * factors
 
 
+def _told(score: ConditionalEpsFn, labels: Tensor | None) -> EpsFn:
+    """The noise prediction for these classes."""
+    return lambda x_t, t: score(x_t, t, labels)
+
+
 def per_group(vae: HierarchicalVAE, elements: Tensor) -> Tensor:
     """Sum ``(B, C, H, W)`` over each group of the coarsest scale: ``(B, G)``."""
     parts: Sequence[Tensor] = vae.split_top(elements)
@@ -229,6 +237,7 @@ class LSGMStage(_BoundStage):
         self.model: LSGM = model
         self.training_kind = prior.training
         self.stratified = prior.stratified_times
+        self.label_dropout = prior.label_dropout
         self.likelihood = make_weighting("likelihood")
         self.weighting_p = make_weighting(prior.weighting_p)
         self.proposal_p = self._proposal("proposal_p", prior.proposal_p, self.weighting_p)
@@ -299,11 +308,14 @@ class LSGMStage(_BoundStage):
             average = averages["prior"].requires_grad_(False)
             self._average_prior = (average.train(self.training and self.q_ema_dropout),)
 
-    def forward(self, images: Tensor, context: StepContext) -> StepOutput:
-        """``images`` ``(B, C, R, R)`` in [0, 1]; the value of the loss means nothing (see
-        :mod:`lsgm.objectives`).
+    def forward(self, images: Tensor | LabelledImages, context: StepContext) -> StepOutput:
+        """``images`` ``(B, C, R, R)`` in [0, 1], with labels for a class-conditional prior; the
+        value of the loss means nothing (see :mod:`lsgm.objectives`).
         """
         model, vae = self.model, self.model.vae
+        images, labels = images if isinstance(images, LabelledImages) else (images, None)
+        if labels is not None and model.num_classes is not None:
+            labels = hide_labels(labels, model.num_classes, self.label_dropout, context.rng)
         x = preprocess(images, model.spec, model.vae_config.num_x_bits, context.rng, train=True)
         with torch.set_grad_enabled(self.trains_vae and torch.is_grad_enabled()):
             output = vae(x, rng=context.rng)
@@ -328,14 +340,14 @@ class LSGMStage(_BoundStage):
         )
         losses: PriorLosses = prior_losses(
             model.sde,
-            model.score,
+            _told(model.score, labels),
             top,
             weighting_p=self.weighting_p,
             proposal_p=self.proposal_p,
             likelihood=self.likelihood,
             proposal_q=self.proposal_q,
             balance=balance if balanced or free_bits > 0 else coefficient,
-            eps_fn_q=self._average_prior[0] if self._average_prior else None,
+            eps_fn_q=_told(self._average_prior[0], labels) if self._average_prior else None,
             control_variate=self.control_variate,
             stratified=self.stratified,
             balance_prior=self.balance_prior,

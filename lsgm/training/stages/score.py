@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
+from lsgm.conditioning import hide_labels
 from lsgm.data.spec import LabelledImages
 from lsgm.discrete_noise import BetaTable
 from lsgm.errors import UserError
@@ -22,7 +22,7 @@ from lsgm.sde import LinearSDE
 from lsgm.times import TimeProposal, make_proposal
 from lsgm.training.state import Stage, StepContext, StepOutput
 from lsgm.weighting import make_weighting
-from vae.random import Rng, rand
+from vae.random import Rng
 
 __all__ = [
     "ScoreStage",
@@ -105,8 +105,7 @@ class ScoreStage(Stage):
         """Replace a fraction ``label_dropout`` of ``labels (B,)`` by the class of no class."""
         if labels is None or self.model.num_classes is None:
             return None
-        hidden = rand(labels.shape, rng, device=labels.device) < self.label_dropout
-        return torch.where(hidden, self.model.num_classes, labels)
+        return hide_labels(labels, self.model.num_classes, self.label_dropout, rng)
 
     def loss(self, x: Tensor, labels: Tensor | None, rng: Rng = None) -> ScoreLoss:
         """The objective of ``x (B, C, H, W)``, as the diffusion sees images, summed over an
