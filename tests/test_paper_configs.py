@@ -192,6 +192,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "frozen_statistics": "batch",
         "inactive_mask": "training",
         "q_ema_dropout": True,
+        "class_conditional": False,
+        "label_dropout": 0.0,
         "control_variate": False,
         "stratified_times": False,
     },
