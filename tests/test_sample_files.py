@@ -100,6 +100,38 @@ def test_a_folder_has_one_png_an_image(run, tmp_path):
         draw(run, folder, n=2)
 
 
+def test_an_image_beyond_n_is_drawn_alone(run, tmp_path, monkeypatch, capsys):
+    """It is that of a longer run, and with batches of one nothing else is computed."""
+    options = {"batch_size": 1, "seed": 5, "solver": "heun", "nfe": 4}
+    whole = np.load(draw(run, tmp_path / "all.npz", n=7, dtype="uint8", **options))["images"]
+    calls: list[int] = []
+    model = load(run)
+    model.score.register_forward_hook(lambda module, inputs, out: calls.append(len(out)))
+    monkeypatch.setattr("lsgm.commands.sample.load", lambda *_: model)
+    single = draw(run, tmp_path / "one.png", n=1, index=(6,), **options)
+    assert np.array_equal(levels(single), whole[6, 0])  # no frame, not enlarged
+    assert set(calls) == {1} and len(calls) <= 4
+    assert "1 images" in (said := capsys.readouterr().out) and "peak memory" in said
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_precision_and_compilation_are_those_asked_for(run, tmp_path, monkeypatch, capsys, native):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": native})
+    seen: set[torch.dtype] = set()
+    model = load(run)
+    convolution = next(m for m in model.score.modules() if isinstance(m, torch.nn.Conv2d))
+    convolution.register_forward_hook(lambda module, inputs, out: seen.add(out.dtype))
+    compiled: list[bool] = []
+    monkeypatch.setattr(model.score, "compile", lambda: compiled.append(True))
+    monkeypatch.setattr("lsgm.commands.sample.load", lambda *_: model)
+    options = {"n": 4, "solver": "heun", "nfe": 4, "compile": True}
+    low = np.load(draw(run, tmp_path / "low.npz", precision="bf16", **options))["images"]
+    assert seen == {torch.bfloat16 if native else torch.float32} and compiled == [True]
+    assert ("bf16" if native else "float32") in capsys.readouterr().out
+    full = np.load(draw(run, tmp_path / "full.npz", **options))["images"]
+    assert np.array_equal(low, full) != native and np.abs(low - full).max() < 0.1
+
+
 def test_a_wrong_out_is_known_before_the_first_network_call(run, tmp_path, monkeypatch):
     monkeypatch.setattr("lsgm.commands.sample.iterate_samples", lambda *_: pytest.fail("sampled"))
     (tmp_path / "file").write_text("x")
@@ -112,7 +144,7 @@ def test_a_wrong_out_is_known_before_the_first_network_call(run, tmp_path, monke
         with pytest.raises(UserError, match=f"--out: .*{out.split('/')[0]}"):
             draw(run, tmp_path / out)
     assert (tmp_path / "file").read_text() == "x"
-    for values in ({"out": "a.jpg"}, {"index": (64,)}, {"latents": True, "out": "folder"}):
+    for values in ({"out": "a.jpg"}, {"index": (-1,)}, {"latents": True, "out": "folder"}):
         with pytest.raises(ValueError, match=next(iter(values))):
             SampleOptions(**values)
 

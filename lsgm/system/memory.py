@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from lsgm.errors import UserError
 __all__ = [
     "build_within_memory",
     "physical_memory",
+    "process_peak",
 ]
 
 M = TypeVar("M", bound=nn.Module)
@@ -97,3 +99,15 @@ def physical_memory() -> int:
     with suppress(OSError, ValueError):  # no such file, or "max"
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return total
+
+
+def process_peak(device: torch.device) -> int:
+    """Most bytes that were in use at once since the process began: by tensors on a CUDA device, by
+    the whole process on others.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on every system
+
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
