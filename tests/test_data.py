@@ -259,7 +259,7 @@ def test_bounds_on_training_images_are_of_the_images_themselves():
 
 def test_digits_are_a_fixed_stratified_split():
     data = build_datasets(DataConfig())
-    assert (data.spec.network_size, data.spec.num_dims, data.spec.binary) == (16, 256, True)
+    assert (data.spec.network_shape, data.spec.num_dims, data.spec.binary) == ((16, 16), 256, True)
     assert len(data.train) + len(data.test) == 1797
     for label in range(10):
         train, test = (int((split.labels == label).sum()) for split in (data.train, data.test))
@@ -471,7 +471,7 @@ def test_real_omniglot(data_dir):
 
 def test_real_mnist(data_dir):
     data = build_datasets(DataConfig(name="mnist", root=str(data_dir)))
-    assert (len(data.train), len(data.test), data.spec.network_size) == (60000, 10000, 32)
+    assert (len(data.train), len(data.test), data.spec.network_shape) == (60000, 10000, (32, 32))
     ones = data.train.batch((data.train.labels == 1).nonzero()[:500, 0])
     ink = ones.sum((0, 1))
     place = torch.arange(32.0) - 15.5
@@ -516,7 +516,7 @@ def test_folder_resizes_the_shorter_side_and_crops_the_centre(tmp_path):
     Image.fromarray(wide.swapaxes(0, 1).copy()).save(tmp_path / "b.png")
     data = FolderDataset(
         [tmp_path / "a.png", tmp_path / "b.png"],
-        image_size=20,
+        size=(20, 20),
         channels=3,
         labels=None,
         num_workers=0,
@@ -531,7 +531,7 @@ def test_folder_reads_grey_16_bit_and_rotated_images(tmp_path):
     assert build_datasets(folder_config(tmp_path, channels=3)).train[0].shape == (3, 8, 8)
     Image.fromarray(np.full((8, 8), 65535 // 2, dtype=np.uint16)).save(tmp_path / "deep.png")
     deep = FolderDataset(
-        [tmp_path / "deep.png"], image_size=8, channels=1, labels=None, num_workers=0
+        [tmp_path / "deep.png"], size=(8, 8), channels=1, labels=None, num_workers=0
     )
     assert deep[0].mean() == pytest.approx(0.5, abs=0.01)
 
@@ -566,14 +566,14 @@ def test_unreadable_image_is_named(tmp_path):
     for contents in (b"not an image", whole[: len(whole) // 2], b""):
         (tmp_path / "1.png").write_bytes(contents)
         data = FolderDataset(
-            [tmp_path / "1.png"], image_size=8, channels=3, labels=None, num_workers=2
+            [tmp_path / "1.png"], size=(8, 8), channels=3, labels=None, num_workers=2
         )
         assert message(data.batch, torch.tensor([0])).startswith(
             f"{tmp_path / '1.png'}: not a readable image"
         )
     batches = Batches(
         FolderDataset(
-            sorted(tmp_path.glob("*.png")), image_size=8, channels=3, labels=None, num_workers=0
+            sorted(tmp_path.glob("*.png")), size=(8, 8), channels=3, labels=None, num_workers=0
         ),
         3,
         train=True,

@@ -128,7 +128,7 @@ def test_a_latent_model_keeps_the_latents_of_known_pixels(runs):
     sampler = Sampler("ancestral", nfe=4, grid="time", t_end=1e-2)
     seen = []
     model.decode = lambda latents, rng=None: seen.extend(latents) or x
-    inpaint(model, x, make_mask("left", 16), sampler, RowGenerators.of(0, range(2)))
+    inpaint(model, x, make_mask("left", 16, 16), sampler, RowGenerators.of(0, range(2)))
     for new, old in zip(seen, model.encode(x, mean=True), strict=True):
         half = old.shape[-1] // 2
         assert torch.equal(new[..., half:], old[..., half:])
@@ -192,16 +192,16 @@ def test_mistakes(runs, tmp_path, name, run, arguments, message):
 
 
 def test_masks(tmp_path):
-    assert (~make_mask("centre", 16)).sum() == 64
+    assert (~make_mask("centre", 16, 16)).sum() == 64
     for name in ("left", "right", "top", "bottom"):
-        assert make_mask(name, 16).sum() == 128
-    assert abs(make_mask("random", 64, 1).double().mean() - 0.5) < 4 * 0.5 / 64
+        assert make_mask(name, 16, 16).sum() == 128
+    assert abs(make_mask("random", 64, 64, 1).double().mean() - 0.5) < 4 * 0.5 / 64
     Image.fromarray(np.tile(np.uint8([[0, 255]]), (2, 1))).save(tmp_path / "m.png")
-    assert torch.equal(make_mask(str(tmp_path / "m.png"), 2), torch.tensor([[False, True]] * 2))
+    assert torch.equal(make_mask(str(tmp_path / "m.png"), 2, 2), torch.tensor([[False, True]] * 2))
     known = torch.ones(6, 6, dtype=torch.bool)
     known[0, 3] = False
-    assert torch.equal(state_mask(known, 1, 6), known)
-    small = state_mask(known, 1, 4)  # blocks of 2 in an image padded to 8
+    assert torch.equal(state_mask(known, 1, (6, 6)), known)
+    small = state_mask(known, 1, (2, 4, 4))  # blocks of 2 in an image padded to 8
     assert (~small).nonzero().tolist() == [[0, 2]]
     assert math.prod(small.shape) == 16
 
@@ -219,28 +219,28 @@ def test_the_transparent_pixels_of_a_mask_are_drawn(tmp_path):
     expected = torch.from_numpy(hole == 255)
     for hidden in (0, 255):  # whatever colour hides below the transparency, or lies beside it
         path = _picture(tmp_path / f"{hidden}.png", hole, np.full((4, 4), hidden))
-        assert torch.equal(make_mask(path, 4), expected)
+        assert torch.equal(make_mask(path, 4, 4), expected)
     opaque = _picture(tmp_path / "opaque.png", np.full((4, 4), 255), hole)
-    assert torch.equal(make_mask(opaque, 4), expected)
+    assert torch.equal(make_mask(opaque, 4, 4), expected)
     palette = Image.fromarray(hole.astype(np.uint8)).convert("P")
     palette.save(tmp_path / "palette.png", transparency=0)
-    assert torch.equal(make_mask(str(tmp_path / "palette.png"), 4), expected)
+    assert torch.equal(make_mask(str(tmp_path / "palette.png"), 4, 4), expected)
 
 
 def test_a_mask_of_another_size_or_without_a_hole_is_refused(tmp_path):
     white = np.full((4, 4), 255)
     empty = _picture(tmp_path / "empty.png", white, white)
     with pytest.raises(UserError, match=r"--mask: .*empty\.png hides no pixel"):
-        make_mask(empty, 4)
+        make_mask(empty, 4, 4)
     for width in (8, 16):
         wide = _picture(tmp_path / "wide.png", np.zeros((4, width)), np.zeros((4, width)))
         with pytest.raises(UserError, match=rf"{width} x 4 pixels, the images are 4 x 4"):
-            make_mask(wide, 4)
+            make_mask(wide, 4, 4)
     with pytest.raises(UserError, match="16 x 4 pixels, the images are 16 x 16"):
-        make_mask(wide, 16)
+        make_mask(wide, 16, 16)
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(UserError, match=r"--mask: .*text\.png: not a readable image"):
-        make_mask(str(tmp_path / "text.png"), 4)
+        make_mask(str(tmp_path / "text.png"), 4, 4)
 
 
 @pytest.mark.parametrize("run", ["colour", "lsgm"])

@@ -150,7 +150,7 @@ class Decoder(nn.Module):
         *,
         widths: Sequence[int],
         encoder_widths: Sequence[int],
-        top_size: int,
+        top_size: tuple[int, int],
         num_postprocess_blocks: int,
         postprocess_cells: int,
         groups_per_scale: Sequence[int],
@@ -163,7 +163,7 @@ class Decoder(nn.Module):
         make_post_cell: CellFactory,
     ) -> None:
         super().__init__()
-        self.top_feature = nn.Parameter(torch.rand(widths[-1], top_size, top_size))
+        self.top_feature = nn.Parameter(torch.rand(widths[-1], *top_size))
         scales = []
         level = len(widths) - 1
         for s, num_groups in enumerate(groups_per_scale):

@@ -70,7 +70,7 @@ class HierarchicalVAE(nn.Module):
 
     Args:
         image_channels: ``C`` of the images (B, C, R, R) in [-1, 1].
-        image_size: ``R``, after padding.
+        image_size: ``R``, after padding: the side, or height and width.
         num_channels_enc: Base width of the encoder.
         num_channels_dec: Base width of the decoder.
         channel_mult: Width multiplier of each level: pre-processing blocks plus latent scales.
@@ -105,7 +105,7 @@ class HierarchicalVAE(nn.Module):
         self,
         *,
         image_channels: int,
-        image_size: int,
+        image_size: int | tuple[int, int],
         num_channels_enc: int,
         num_channels_dec: int,
         channel_mult: Sequence[int],
@@ -134,21 +134,23 @@ class HierarchicalVAE(nn.Module):
         levels = num_preprocess_blocks + num_latent_scales
         if len(channel_mult) != levels:
             raise ValueError(f"channel_mult needs {levels} values, got {tuple(channel_mult)}")
-        if image_size % 2 ** (levels - 1):
-            raise ValueError(f"an image of side {image_size} cannot be halved {levels - 1} times")
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        for side in (height, width):
+            if side % 2 ** (levels - 1):
+                raise ValueError(f"an image of side {side} cannot be halved {levels - 1} times")
         if cell not in CELL_RECIPES:
             raise ValueError(f"cell must be one of {tuple(CELL_RECIPES)}, got {cell!r}")
         if decoder_dist in ("bin", "dl") and num_x_bits != 8:
             raise ValueError(f"decoder_dist {decoder_dist} needs num_x_bits 8, got {num_x_bits}")
         if context_size and decoder_dist != "bin":
             raise ValueError(f"context_size needs decoder_dist bin, not {decoder_dist}")
-        self.image_channels, self.image_size, self.crop = image_channels, image_size, crop
+        self.image_channels, self.image_size, self.crop = image_channels, (height, width), crop
         self.decoder_dist, self.num_x_bits = decoder_dist, num_x_bits
         self.num_latent_scales = num_latent_scales
         self.num_groups_per_scale = num_groups_per_scale
         self.groups_per_scale = (num_groups_per_scale,) * num_latent_scales
         self.latent_shapes: tuple[tuple[int, int, int], ...] = tuple(
-            (num_latent_per_group, image_size // 2**level, image_size // 2**level)
+            (num_latent_per_group, height // 2**level, width // 2**level)
             for level in range(levels - 1, num_preprocess_blocks - 1, -1)
             for _ in range(num_groups_per_scale)
         )
@@ -174,7 +176,7 @@ class HierarchicalVAE(nn.Module):
         self.decoder = Decoder(
             widths=widths_dec,
             encoder_widths=widths_enc,
-            top_size=image_size // 2 ** (levels - 1),
+            top_size=(height // 2 ** (levels - 1), width // 2 ** (levels - 1)),
             num_postprocess_blocks=num_preprocess_blocks,
             postprocess_cells=num_postprocess_cells,
             groups_per_scale=self.groups_per_scale,
@@ -208,7 +210,8 @@ class HierarchicalVAE(nn.Module):
     @property
     def data_dimensions(self) -> int:
         """Number of values per image that count in the likelihood (padding does not)."""
-        return self.image_channels * (self.image_size - 2 * self.crop) ** 2
+        height, width = (side - 2 * self.crop for side in self.image_size)
+        return self.image_channels * height * width
 
     def forward(
         self, x: Tensor, rng: Rng = None, noise: Sequence[Tensor] | None = None

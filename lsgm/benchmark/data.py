@@ -113,7 +113,7 @@ def measure(options: DataBenchmark, root: Path) -> list[list[str]]:
     )
     files = FolderDataset(
         sorted((root / "pictures").iterdir()),
-        image_size=options.size,
+        size=(options.size, options.size),
         channels=3,
         labels=None,
         num_workers=0,

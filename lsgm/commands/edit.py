@@ -170,7 +170,7 @@ def _inputs(model: DiffusionModel, options: EditOptions) -> tuple[Tensor, Tensor
     if options.files:
         if missing := [name for name in options.files if not Path(name).is_file()]:
             raise UserError(f"--files: {missing[0]}: no such file")
-        read = [read_image(Path(f), spec.image_size, spec.channels) for f in options.files]
+        read = [read_image(Path(f), spec.shape[1:], spec.channels) for f in options.files]
         images = torch.stack(read).float() / 255
     else:
         datasets = build_datasets(load_data_config(require_run(options.run), options.data_root))
@@ -261,7 +261,7 @@ def _write_samples(
 def _inpaint(options: InpaintOptions) -> None:
     model = _open(options)
     x, shown = _inputs(model, options)
-    known = make_mask(options.mask, shown.shape[-1], options.seed)
+    known = make_mask(options.mask, shown.shape[-2], shown.shape[-1], options.seed)
     sampler = _conditional_sampler(model, options)
 
     def draw(part: Tensor, rng: RowGenerators) -> Tensor:

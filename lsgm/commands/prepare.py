@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from lsgm.data.packed import PackIndex
+from lsgm.data.packed import PackIndex, crop_note
 from lsgm.data.packing.engine import pack
 from lsgm.data.packing.settings import PRESETS, PackSettings, Preset
 from lsgm.data.packing.splits import choose_splits
@@ -32,6 +33,9 @@ def prepare(argv: Sequence[str], prog: str | None = None) -> None:
     parser.add_argument("source", metavar="SOURCE", help="file or folder")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder to write")
     parser.add_argument("--image_size", type=int, metavar="N", help="side in pixels")
+    parser.add_argument(
+        "--image_width", type=int, metavar="N", help="width, where image_size is only the height"
+    )
     parser.add_argument(
         "--preset",
         choices=sorted(PRESETS),
@@ -77,7 +81,7 @@ def prepare(argv: Sequence[str], prog: str | None = None) -> None:
 def _settings(given: object, preset: Preset | None) -> PackSettings:
     options = {
         name: value
-        for name in ("image_size", "channels", "crop", "test_fraction", "max_broken")
+        for name in ("image_size", "image_width", "channels", "crop", "test_fraction", "max_broken")
         if (value := getattr(given, name)) is not None
     }
     values = {**(preset.settings if preset else {}), **options}
@@ -92,11 +96,14 @@ def _settings(given: object, preset: Preset | None) -> PackSettings:
 
 
 def _summary(out: Path, index: PackIndex) -> str:
-    side, kind = index.image_size, "grey" if index.channels == 1 else "colour"
-    size = sum(len(s.names) for s in index.splits.values()) * side * side * index.channels
+    sides, kind = (index.image_size, index.image_width), "grey" if index.channels == 1 else "colour"
+    size = sum(map(math.prod, map(index.shape, index.splits)))
     counts = ", ".join(f"{len(s.names)} {name}" for name, s in index.splits.items())
     classes = "no classes" if index.classes is None else f"{len(index.classes)} classes"
-    lines = [f"{out}: {counts} pictures of {side} x {side}, {kind}, {classes}; {size / 1e6:.1f} MB"]
+    pictures = f"{counts} pictures of {sides[0]} x {sides[1]}"
+    lines = [f"{out}: {pictures}, {kind}, {classes}; {size / 1e6:.1f} MB"]
+    if (note := crop_note(index)) is not None:
+        lines.append(note)
     ignored = {reason: count for reason, count in index.ignored.items() if count}
     if ignored:
         lines.append("ignored: " + ", ".join(f"{count} {why}" for why, count in ignored.items()))

@@ -56,7 +56,10 @@ class DataConfig:
     root: str | None = None
     """Folder of the data (folder: the images). None: environment LSGM_DATA, else ~/.cache/lsgm."""
     image_size: int | None = None
-    """folder only: side in pixels after resizing the shorter side and cropping the centre."""
+    """folder only: side in pixels after resizing the shorter side and cropping the centre; the
+    height, where image_width is given."""
+    image_width: int | None = None
+    """folder only: width in pixels of images that are not square."""
     channels: int | None = None
     """folder only: 1 (grey) or 3 (colour). None: grey if all files are."""
     flip: bool | None = None
@@ -75,7 +78,7 @@ class DataConfig:
     """Binary data: seed of the one Bernoulli draw per test image that evaluation uses."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "image_size")
+        require_positive(self, "image_size image_width")
         require(self.channels in (None, 1, 3), f"channels: must be 1 or 3, not {self.channels}")
         require_non_negative(self, "num_workers eval_binarisation_seed")
         require_at_most(self, 1024, "num_workers")

@@ -15,7 +15,7 @@ class ArrayDataset(ImageDataset):
     """Images held as one tensor.
 
     Args:
-        images: Shape (N, C, H, H), unpadded; uint8 in [0, 255] or float32 in [0, 1].
+        images: Shape (N, C, H, W), unpadded; uint8 in [0, 255] or float32 in [0, 1].
         labels: Shape (N,), int64, at least 0, or None.
         padding: Zero pixels that :meth:`batch` adds on each side.
 
@@ -24,8 +24,8 @@ class ArrayDataset(ImageDataset):
     """
 
     def __init__(self, images: Tensor, labels: Tensor | None = None, padding: int = 0) -> None:
-        if images.ndim != 4 or images.shape[2] != images.shape[3]:
-            raise ValueError(f"images must have shape (N, C, H, H), not {tuple(images.shape)}")
+        if images.ndim != 4:
+            raise ValueError(f"images must have shape (N, C, H, W), not {tuple(images.shape)}")
         if images.dtype not in (torch.uint8, torch.float32):
             raise ValueError(f"images must be uint8 or float32, not {images.dtype}")
         if labels is not None and labels.shape != images.shape[:1]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lsgm.config.training import DataConfig
 from lsgm.data.discovery import count_files, find_images, subfolders
 from lsgm.data.images import EXTENSIONS, is_grey, read_image
-from lsgm.data.packed import is_packed, load_packed
+from lsgm.data.packed import crop_note, is_packed, load_packed
 from lsgm.data.packing.engine import pack
 from lsgm.data.packing.settings import PackSettings
 from lsgm.data.packing.splits import held_out
@@ -75,6 +75,7 @@ class Folder:
             name=cfg.name,
             channels=channels,
             image_size=cfg.image_size,
+            image_width=cfg.image_width,
             padding=0,
             binary=False,
             num_classes=len(classes) if classes else None,
@@ -88,7 +89,7 @@ class Folder:
         sets = [
             FolderDataset(
                 [path for path, _ in split],
-                image_size=cfg.image_size,
+                size=spec.shape[1:],
                 channels=channels,
                 labels=torch.tensor([classes.index(name) for _, name in split if name])
                 if classes
@@ -107,20 +108,23 @@ def _packed(root: Path, cfg: DataConfig, channels: int, splits: Mapping[str, Nam
         UserError: A picture cannot be read.
     """
     assert cfg.image_size is not None
+    width = cfg.image_width or cfg.image_size
     if cfg.cache == "off":
         return None
     pictures = {
         split: FilePictures(root, [p for p, _ in named], _labels(named))
         for split, named in splits.items()
     }
-    settings = PackSettings(cfg.image_size, channels, test_fraction=cfg.test_fraction, max_broken=0)
+    settings = PackSettings(
+        cfg.image_size, cfg.image_width, channels, test_fraction=cfg.test_fraction, max_broken=0
+    )
     print_of = fingerprint_of(pictures)
     kind = hashlib.sha256(f"{root.resolve()} {settings}".encode()).hexdigest()[:16]
     cache = cache_folder()
     folder = cache / f"{kind}-{print_of[:16]}"
     if is_packed(folder):
         return folder
-    bytes_needed = sum(map(len, pictures.values())) * channels * cfg.image_size**2
+    bytes_needed = sum(map(len, pictures.values())) * channels * cfg.image_size * width
     try:
         make_folder(folder)
         if bytes_needed > shutil.disk_usage(folder).free // 2:
@@ -130,7 +134,9 @@ def _packed(root: Path, cfg: DataConfig, channels: int, splits: Mapping[str, Nam
         print(f"data: no room in {cache} for {bytes_needed / 1e9:.1f} GB; decoding in each epoch")
         return None
     source = Source(root, "folder", pictures, print_of)
-    pack(source, pictures, folder, settings, how="as data.name folder makes them")
+    index = pack(source, pictures, folder, settings, how="as data.name folder makes them")
+    if (note := crop_note(index)) is not None:
+        print(note)
     print(f"data: {root} is packed in {folder} ({bytes_needed / 1e6:.0f} MB; data.cache off: no)")
     for old in cache.glob(f"{kind}-*"):  # of the same folder as it was
         if old != folder and is_packed(old):
@@ -217,7 +223,7 @@ class FolderDataset(ImageDataset):
 
     Args:
         paths: Image files.
-        image_size: Side in pixels.
+        size: Height and width in pixels.
         channels: 1 or 3.
         labels: Shape (N,), int64, or None.
         num_workers: Threads that decode; decoding and resizing run outside Python's interpreter
@@ -230,13 +236,13 @@ class FolderDataset(ImageDataset):
         self,
         paths: list[Path],
         *,
-        image_size: int,
+        size: tuple[int, int],
         channels: int,
         labels: Tensor | None,
         num_workers: int,
     ) -> None:
         self.paths = paths
-        self.image_size = image_size
+        self.size = size
         self.channels = channels
         self.labels = labels
         self._pool = ThreadPoolExecutor(num_workers) if num_workers else None
@@ -275,4 +281,4 @@ class FolderDataset(ImageDataset):
         return None
 
     def _decode(self, item: int) -> Tensor:
-        return read_image(self.paths[item], self.image_size, self.channels)
+        return read_image(self.paths[item], self.size, self.channels)

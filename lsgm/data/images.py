@@ -76,7 +76,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 def read_image(
     stored: Stored,
-    size: int,
+    size: int | tuple[int, int],
     channels: int,
     *,
     name: str | None = None,
@@ -85,12 +85,12 @@ def read_image(
     resample: Image.Resampling = Image.Resampling.BICUBIC,
     size_of: list[int] | None = None,
 ) -> Tensor:
-    """Return a picture as uint8 with shape (channels, size, size): shorter side resized, centre
+    """Return a picture as uint8 with shape (channels, H, W): resized until it covers H x W, centre
     cropped.
 
     Args:
         stored: The picture.
-        size: Side in pixels.
+        size: Height and width in pixels, or the side of a square.
         channels: 1 or 3.
         name: What a message calls it; needed for all but files.
         box: Part of the upright picture that is taken first.
@@ -103,6 +103,7 @@ def read_image(
             unknown, or is smaller than ``box`` or ``crop``.
     """
     label = _label(stored, name)
+    height, width = (size, size) if isinstance(size, int) else size
     with _opened(stored, label) as image, _room_for(image):
         image = to_8_bits(_decoded(image), label, channels)
         if size_of is not None:
@@ -117,8 +118,8 @@ def read_image(
                     f"{box[2] - box[0]} x {box[3] - box[1]} at ({box[0]}, {box[1]})"
                 )
             image = image.crop(box)
-        image = ImageOps.fit(image, (size, size), method=resample)
-    array = np.array(image, dtype=np.uint8).reshape(size, size, channels)
+        image = ImageOps.fit(image, (width, height), method=resample)
+    array = np.array(image, dtype=np.uint8).reshape(height, width, channels)
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 

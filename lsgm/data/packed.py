@@ -24,6 +24,7 @@ from lsgm.system.files import atomic_write_json
 __all__ = [
     "INDEX",
     "PackIndex",
+    "crop_note",
     "PackedDataset",
     "PackedSplit",
     "is_packed",
@@ -56,7 +57,8 @@ class PackIndex:
     """What a packed folder holds.
 
     Attributes:
-        image_size: Side in pixels.
+        image_size: Height in pixels.
+        image_width: Width in pixels.
         channels: 1 or 3.
         splits: By name: train, and test or validation or both.
         classes: Names of the classes by number, or None.
@@ -66,6 +68,7 @@ class PackIndex:
     """
 
     image_size: int
+    image_width: int
     channels: int
     splits: Mapping[str, PackedSplit]
     classes: Sequence[str] | None
@@ -75,12 +78,36 @@ class PackIndex:
 
     def shape(self, split: str) -> tuple[int, int, int, int]:
         """``(N, H, W, C)`` of a split's array."""
-        return len(self.splits[split].names), self.image_size, self.image_size, self.channels
+        return len(self.splits[split].names), self.image_size, self.image_width, self.channels
+
+    @property
+    def cropped(self) -> float:
+        """Share of the pictures' area, on average, that was cut away to make them of one shape."""
+        lost, count = 0.0, 0
+        for split in self.splits.values():
+            for height, width in split.sizes:
+                scale = max(self.image_size / height, self.image_width / width)
+                lost += 1 - self.image_size * self.image_width / (scale**2 * height * width)
+                count += 1
+        return lost / count
 
     @property
     def held_out(self) -> str:
         """The split that evaluation uses: test, or else validation."""
         return "test" if "test" in self.splits else "validation"
+
+
+CROP_WORTH_SAYING = 0.1
+
+
+def crop_note(index: PackIndex) -> str | None:
+    """A line for the user where much of the pictures was cut away."""
+    if index.cropped < CROP_WORTH_SAYING:
+        return None
+    return (
+        f"note: to fit {index.image_size} x {index.image_width}, {index.cropped:.0%} of the "
+        "pictures' area is cut away on average; image_width keeps pictures that are not square"
+    )
 
 
 def write_index(folder: Path, index: PackIndex) -> None:
@@ -122,7 +149,8 @@ def read_index(folder: Path) -> PackIndex:
 
 
 def _check(index: PackIndex) -> None:
-    if index.channels not in (1, 3) or type(index.image_size) is not int or index.image_size < 1:
+    sides = (index.image_size, index.image_width)
+    if index.channels not in (1, 3) or not all(type(side) is int and side > 0 for side in sides):
         raise ValueError("image_size or channels are wrong")
     for name, split in index.splits.items():
         if not split.names or len(split.sizes) != len(split.names):
@@ -186,17 +214,25 @@ def load_packed(root: Path, cfg: DataConfig, ignored: Mapping[str, int] | None =
         UserError: The folder is damaged, or has other pictures than ``cfg`` asks for.
     """
     index = read_index(root)
-    for key, found in (("image_size", index.image_size), ("channels", index.channels)):
+    height, width = index.image_size, index.image_width
+    asked_width = width if cfg.image_size is None else cfg.image_width or cfg.image_size
+    for key, found in (("image_size", height), ("channels", index.channels)):
         asked = getattr(cfg, key)
         if asked not in (None, found):
             raise UserError(
                 f"data.{key}: {root} is packed with {found}, not {asked}; leave it out, or run "
                 "lsgm prepare again"
             )
+    if asked_width != width:
+        raise UserError(
+            f"data.image_width: {root} is packed with {height} x {width}, not {asked_width} wide; "
+            "leave both out, or run lsgm prepare again"
+        )
     spec = DataSpec(
         name=cfg.name,
         channels=index.channels,
-        image_size=index.image_size,
+        image_size=height,
+        image_width=None if width == height else width,
         padding=0,
         binary=False,
         num_classes=None if index.classes is None else len(index.classes),

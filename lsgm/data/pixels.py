@@ -46,7 +46,7 @@ class Pixels:
     @property
     def shape(self) -> tuple[int, int, int]:
         """``(C, H, W)``."""
-        return self.spec.channels, self.spec.image_size, self.spec.image_size
+        return self.spec.shape
 
     @property
     def limits(self) -> tuple[float, float]:

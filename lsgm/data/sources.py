@@ -29,7 +29,7 @@ ALPHABETS = 50
 def _spec(
     cfg: DataConfig, channels: int, size: int, padding: int, *, binary: bool, classes: int | None
 ) -> DataSpec:
-    if binary and cfg.image_size not in (None, size):
+    if binary and (cfg.image_size not in (None, size) or cfg.image_width not in (None, size)):
         raise UserError(f"data.image_size: {cfg.name} has {size}x{size} images; leave it out")
     return DataSpec(
         name=cfg.name,

@@ -7,6 +7,7 @@ image side plus the zero padding around it. Binarisation and the map to [-1, 1] 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class DataSpec:
     Attributes:
         name: Dataset name.
         channels: 1 (grey) or 3 (colour).
-        image_size: Side of the image in pixels, without padding.
+        image_size: Side of the image in pixels, without padding; its height where it is not square.
         padding: Zero pixels added on each side for the network; they are left out of the
             likelihood.
         binary: Whether images are binarised by one Bernoulli draw per pixel, with the grey value as
@@ -52,6 +53,7 @@ class DataSpec:
         affine: Whether training images are shifted, rotated, scaled and sheared at random.
         affine_padding: What comes in from outside then: "zeros", for ink on an empty ground, or the
             image's own "reflection".
+        image_width: Width in pixels of an image that is not square; None: its side.
     """
 
     name: str
@@ -63,15 +65,27 @@ class DataSpec:
     flip: bool = False
     affine: bool = False
     affine_padding: str = "zeros"
+    image_width: int | None = None
 
     def __post_init__(self) -> None:
-        require_positive(self, "channels image_size num_classes")
+        require_positive(self, "channels image_size num_classes image_width")
         require_non_negative(self, "padding")
 
     @property
-    def network_size(self) -> int:
-        """Side R of the padded image in pixels."""
-        return self.image_size + 2 * self.padding
+    def shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)``, without padding."""
+        return self.channels, self.image_size, self.image_width or self.image_size
+
+    @property
+    def network_shape(self) -> tuple[int, int]:
+        """Height and width of the padded image in pixels."""
+        _, height, width = self.shape
+        return height + 2 * self.padding, width + 2 * self.padding
+
+    @property
+    def size_in_words(self) -> str:
+        """``C x H x W``."""
+        return " x ".join(map(str, self.shape))
 
     def unpad(self, images: Tensor) -> Tensor:
         """Cut the padding, if there is any, off images ``(..., C, R, R)``: ``(..., C, H, W)``.
@@ -79,21 +93,22 @@ class DataSpec:
         Raises:
             ValueError: They are of another size than those of the dataset, with or without padding.
         """
-        size, margin = self.image_size, images.shape[-1] - self.image_size
-        if margin < 0 or margin % 2 or images.shape[-3:-1] != (self.channels, size + margin):
+        channels, height, width = self.shape
+        margin = images.shape[-1] - width
+        if margin < 0 or margin % 2 or images.shape[-3:-1] != (channels, height + margin):
             raise ValueError(
-                f"expected images (B, {self.channels}, {size}, {size}), with or without "
+                f"expected images (B, {channels}, {height}, {width}), with or without "
                 f"padding, not {tuple(images.shape)}"
             )
         p = margin // 2
-        return images[..., p : p + size, p : p + size]
+        return images[..., p : p + height, p : p + width]
 
     @property
     def num_dims(self) -> int:
         """Number of values per image that the likelihood counts (padding excluded), for
         bits/dim.
         """
-        return self.channels * self.image_size**2
+        return math.prod(self.shape)
 
 
 class ImageDataset(Dataset[Tensor], ABC):
@@ -150,7 +165,7 @@ class Datasets:
         """What the data are, in one line."""
         spec = self.spec
         line = (
-            f"{spec.name} ({spec.channels} x {spec.image_size} x {spec.image_size}): "
+            f"{spec.name} ({spec.size_in_words}): "
             f"{len(self.train)} training, {len(self.test)} test images, "
             f"{spec.num_classes or 'no'} classes"
         )

@@ -222,10 +222,11 @@ def _vae_and_data(checkpoint: OfficialCheckpoint) -> tuple[VAEConfig, DataSpec, 
         data = DataConfig(name="folder", image_size=size, channels=channels)
     else:
         data = DataConfig(name=dataset)
-    if (spec.channels, spec.network_size, spec.padding) != (channels, size, crop):
+    own = (spec.channels, *spec.network_shape)
+    if own != (channels, size, size) or spec.padding != crop:
         raise UserError(
-            f"checkpoint: {dataset} has images {spec.channels} x {spec.network_size} x "
-            f"{spec.network_size}, the VAE's weights are for {channels} x {size} x {size}"
+            f"checkpoint: {dataset} has images {' x '.join(map(str, own))}, "
+            f"the VAE's weights are for {channels} x {size} x {size}"
         )
     if spec.binary != (config.decoder_dist == "bin"):
         raise UserError(f"checkpoint: decoder_dist {config.decoder_dist!r} does not fit {dataset}")

@@ -120,7 +120,7 @@ class Model(nn.Module, ABC):
     @property
     def shape(self) -> tuple[int, ...]:
         """Of an image, ``(C, H, W)``, without padding."""
-        return self.spec.channels, self.spec.image_size, self.spec.image_size
+        return self.spec.shape
 
     @property
     def num_bits(self) -> int:

@@ -17,6 +17,7 @@ from lsgm.models.base import DiffusionModel
 from lsgm.models.images import build_sde
 from lsgm.models.release import section
 from lsgm.networks.classifier import Classifier
+from lsgm.networks.layers import resolution
 from lsgm.sde import LinearSDE
 from lsgm.system.memory import build_within_memory
 
@@ -124,7 +125,8 @@ def build_classifier(
         raise UserError(f"kind: classifier needs at least two classes, and {spec.name} has none")
     pixels = Pixels.of(spec, score.data_range, score.dequantise)
     sde, _ = build_sde("score_sde", score)
-    channels, size, _ = pixels.shape
+    channels, *sides = pixels.shape
+    size = resolution(sides)
     num_classes = spec.num_classes
     options = asdict(config)
     options.pop("label_smoothing")

@@ -25,6 +25,7 @@ from lsgm.models.image_likelihood import ode_data_likelihood
 from lsgm.models.release import section
 from lsgm.models.results import SamplerDefaults
 from lsgm.networks.data_score import DataScore
+from lsgm.networks.layers import resolution
 from lsgm.networks.ncsn import NCSN
 from lsgm.noise_ladder import NoiseLadder, select_step
 from lsgm.registry import NETWORKS
@@ -242,7 +243,8 @@ def build_data_model(
     sde, ladder = build_sde(kind, config)
     if kind == "ncsn" and (config.discrete_levels or config.condition == "index"):
         raise UserError("score.discrete_levels: kind ncsn has the levels of score.ladder")
-    channels, size, _ = pixels.shape
+    channels, *sides = pixels.shape
+    size = resolution(sides)
     try:
         network_class = NETWORKS[config.network]
         section_of = getattr(config, config.network, None)

@@ -24,6 +24,7 @@ from lsgm.models.base import DiffusionModel, Model
 from lsgm.models.release import given_class, section
 from lsgm.models.results import Batch
 from lsgm.networks import NCSNpp
+from lsgm.networks.layers import resolution
 from lsgm.objectives import CrossEntropy, NormalControlVariate, latent_cross_entropy
 from lsgm.score import MixedNormalScore
 from lsgm.sde import make_sde
@@ -81,15 +82,19 @@ def build_vae(config: VAEConfig, spec: DataSpec) -> HierarchicalVAE:
             f"use {right}"
         )
     levels = config.num_preprocess_blocks + config.num_latent_scales - 1
-    if spec.network_size % 2**levels:
-        raise UserError(
-            f"vae.num_preprocess_blocks: images of side {spec.network_size} cannot be halved "
-            f"{levels} times"
-        )
+    factor = 2**levels
+    for side in spec.network_shape:
+        if side % factor:
+            down, up = side // factor * factor, -(-side // factor) * factor
+            near = " or ".join(str(value) for value in (down, up) if value)
+            raise UserError(
+                f"vae.num_preprocess_blocks: images of side {side} cannot be halved {levels} "
+                f"times; give fewer blocks or scales, or a side of {near}"
+            )
     return build_within_memory(
         lambda: HierarchicalVAE(
             image_channels=spec.channels,
-            image_size=spec.network_size,
+            image_size=spec.network_shape,
             crop=spec.padding,
             **asdict(config),
         ),
@@ -109,20 +114,21 @@ def build_prior(
 
     ``num_classes``: of the data, which a class-conditional prior has to know.
     """
-    channels, size, _ = vae.top_shape
+    channels, *sides = vae.top_shape
     if config.class_conditional and not num_classes:
         raise UserError("prior.class_conditional: the data have no classes")
     classes = (num_classes or 0) if config.class_conditional else 0
-    if network is None and size % 2 ** (config.network.num_scales - 1):
-        raise UserError(
-            f"prior.network.num_scales: {config.network.num_scales} is too many for latents of "
-            f"side {size}"
-        )
+    for size in sides:
+        if network is None and size % 2 ** (config.network.num_scales - 1):
+            raise UserError(
+                f"prior.network.num_scales: {config.network.num_scales} is too many for latents of "
+                f"side {size}"
+            )
     sde = make_sde(**asdict(config.sde))
     if network is None:
         network = build_within_memory(
             lambda: NCSNpp(
-                channels=channels, resolution=size, num_classes=classes, **asdict(config.network)
+                channels, resolution(sides), num_classes=classes, **asdict(config.network)
             ),
             "prior.network",
         )

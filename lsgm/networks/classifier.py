@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lsgm.networks.embeddings import TimeEmbedding
-from lsgm.networks.layers import GroupNormSiLU, ResidualBlock, conv, linear
+from lsgm.networks.layers import (
+    GroupNormSiLU,
+    ResidualBlock,
+    Resolution,
+    check_halvings,
+    conv,
+    linear,
+    require_scales,
+)
 from lsgm.networks.resample import make_resampler
 
 __all__ = ["Classifier"]
@@ -27,7 +35,7 @@ class Classifier(nn.Module):
 
     Args:
         channels: ``C`` of the images.
-        resolution: side ``S``; a multiple of ``2^(num_scales - 1)``.
+        resolution: side ``S``, or height and width; multiples of ``2^(num_scales - 1)``.
         num_classes: ``K``.
         num_channels: width of the first level, doubled at each halving.
         num_scales: number of resolutions.
@@ -43,7 +51,7 @@ class Classifier(nn.Module):
     def __init__(
         self,
         channels: int,
-        resolution: int,
+        resolution: Resolution,
         num_classes: int,
         *,
         num_channels: int = 32,
@@ -54,10 +62,7 @@ class Classifier(nn.Module):
         embedding_dim: int = 32,
     ) -> None:
         super().__init__()
-        if num_scales < 1 or resolution % (1 << (num_scales - 1)):
-            raise ValueError(
-                f"resolution {resolution} cannot be halved {num_scales - 1} times, once a scale"
-            )
+        check_halvings(resolution, require_scales(num_scales) - 1, ", once a scale")
         if num_classes < 2:
             raise ValueError(f"a classifier needs at least 2 classes, got {num_classes}")
         self.num_classes, self.noise_conditional = num_classes, noise_conditional

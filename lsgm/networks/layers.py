@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +17,14 @@ __all__ = [
     "BlockStyle",
     "GroupNorm",
     "GroupNormSiLU",
+    "Resolution",
     "ResidualBlock",
+    "check_halvings",
     "conv",
     "linear",
     "num_groups",
+    "require_scales",
+    "resolution",
     "scaled_uniform_",
 ]
 
@@ -197,3 +203,37 @@ class AttentionBlock(nn.Module):
         h = self.out(F.scaled_dot_product_attention(q, k, v))
         h = h.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
         return self.style.add(x, h)
+
+
+Resolution: TypeAlias = int | tuple[int, int]
+"""Size of the images of a network in pixels: the side, or height and width."""
+
+
+def resolution(sides: Sequence[int]) -> Resolution:
+    """``(H, W)`` as a network takes it: the side alone of a square."""
+    height, width = sides
+    return height if height == width else (height, width)
+
+
+def require_scales(num_scales: int) -> int:
+    """``num_scales``, the number of resolutions inside a network.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if num_scales < 1:
+        raise ValueError(f"num_scales must be at least 1, got {num_scales}")
+    return num_scales
+
+
+def check_halvings(size: Resolution, halvings: int, words: str = "") -> int:
+    """The shorter side of images all of whose sides can be halved so often.
+
+    Raises:
+        ValueError: One cannot.
+    """
+    sides = (size,) if isinstance(size, int) else size
+    for side in sides:
+        if side % (1 << halvings):
+            raise ValueError(f"resolution {side} cannot be halved {halvings} times{words}")
+    return min(sides)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lsgm.networks.layers import Resolution, check_halvings
 from lsgm.networks.refinenet import RefineBlock, ResidualStage, make_norm
 from lsgm.noise_ladder import NoiseLadder
 from lsgm.tensors import expand_like
@@ -46,7 +47,8 @@ class NCSN(nn.Module):
 
     Args:
         channels: ``C`` of the images.
-        resolution: side ``S`` of the images in pixels, even after every halving but the last.
+        resolution: side ``S`` of the images in pixels, or height and width, even after every
+            halving but the last.
         ladder: noise levels; times are those of ``ladder.sde()``.
         num_channels: width of the first stage (the papers' ``ngf``: 128, for MNIST 64).
         channel_mult: width of each stage over ``num_channels``; ``None``: by the resolution.
@@ -62,7 +64,7 @@ class NCSN(nn.Module):
     def __init__(
         self,
         channels: int,
-        resolution: int,
+        resolution: Resolution,
         ladder: NoiseLadder,
         *,
         num_channels: int = 128,
@@ -73,7 +75,8 @@ class NCSN(nn.Module):
     ) -> None:
         super().__init__()
         self.centre_input = centre_input
-        default = next(depth for limit, depth in DEPTHS.items() if resolution <= limit)
+        side = check_halvings(resolution, 0)
+        default = next(depth for limit, depth in DEPTHS.items() if side <= limit)
         channel_mult = default[0] if channel_mult is None else channel_mult
         dilations = default[1] if dilations is None else dilations
         _check_sizes(resolution, num_channels, channel_mult, dilations)
@@ -121,7 +124,10 @@ class NCSN(nn.Module):
 
 
 def _check_sizes(
-    resolution: int, num_channels: int, channel_mult: Sequence[int], dilations: Sequence[int]
+    resolution: Resolution,
+    num_channels: int,
+    channel_mult: Sequence[int],
+    dilations: Sequence[int],
 ) -> None:
     if len(channel_mult) != len(dilations) or len(dilations) < 2 or dilations[0] != 1:
         raise ValueError(
@@ -136,5 +142,4 @@ def _check_sizes(
     if num_channels < 2:
         raise ValueError(f"num_channels must be at least 2, got {num_channels}")
     halvings = sum(d == 1 for d in dilations[1:])
-    if resolution % 2**halvings:
-        raise ValueError(f"resolution {resolution} cannot be halved {halvings} times")
+    check_halvings(resolution, halvings)

@@ -25,7 +25,10 @@ from lsgm.networks.layers import (
     BlockStyle,
     GroupNormSiLU,
     ResidualBlock,
+    Resolution,
+    check_halvings,
     conv,
+    require_scales,
 )
 from lsgm.networks.resample import make_conv_resampler, make_resampler
 
@@ -213,7 +216,8 @@ class NCSNpp(nn.Module):
 
     Args:
         channels: ``C`` of the input and the output.
-        resolution: ``S``, the side of the input in pixels; a multiple of ``2^(num_scales - 1)``.
+        resolution: ``S``, the side of the input in pixels, or height and width; multiples of
+            ``2^(num_scales - 1)``.
         num_channels: width of the first level.
         num_scales: number of resolutions.
         channel_mult: width of each level over ``num_channels``; ``None`` is one everywhere; a
@@ -231,7 +235,7 @@ class NCSNpp(nn.Module):
         progressive: output pyramid, ``"none"``, ``"output_skip"`` or ``"residual"``.
         progressive_input: input pyramid, ``"none"``, ``"input_skip"`` or ``"residual"``.
         progressive_combine: how ``"input_skip"`` joins the features, ``"sum"`` or ``"cat"``.
-        attention_resolutions: sides at which every level has attention.
+        attention_resolutions: sides (the shorter ones) at which every level has attention.
         middle_attention: attention between the two middle blocks.
         num_classes: classes that the network can be told (0: none).
         block: ``"biggan"``: residual blocks resample; ``"ddpm"``: convolutions between them do, and
@@ -250,7 +254,7 @@ class NCSNpp(nn.Module):
     def __init__(
         self,
         channels: int,
-        resolution: int,
+        resolution: Resolution,
         *,
         num_channels: int = 64,
         num_scales: int = 2,
@@ -290,7 +294,8 @@ class NCSNpp(nn.Module):
         )
         self.channels, self.resolution = channels, resolution
         widths = [num_channels * m for m in mult] if widths is None else list(widths)
-        sides = [resolution >> i for i in range(num_scales)]
+        shorter = check_halvings(resolution, num_scales - 1)
+        sides = [shorter >> i for i in range(num_scales)]
         self.embedding = TimeEmbedding(
             embedding_dim, embedding_type, embedding_scale, embedding_width
         )
@@ -416,15 +421,12 @@ def _check_groups(groups: int | None, widths: Sequence[int]) -> None:
 
 
 def _check_options(
-    resolution: int,
+    resolution: Resolution,
     num_scales: int,
     mult: tuple[int, ...],
     *options: tuple[str, str, tuple[str, ...]],
 ) -> None:
-    if num_scales < 1 or resolution % (1 << (num_scales - 1)):
-        raise ValueError(
-            f"resolution {resolution} cannot be halved {num_scales - 1} times, once a scale"
-        )
+    check_halvings(resolution, require_scales(num_scales) - 1, ", once a scale")
     if len(mult) != num_scales:
         raise ValueError(
             f"channel_mult {mult} must have at least num_scales = {num_scales} entries"

@@ -63,11 +63,11 @@ def inpaint(
         rng: Source of all noise.
     """
     padding, temperature = model.spec.padding, sampler.temperature
-    mask = state_mask(known, padding, model.state_shape[-1]).to(x.device)
+    mask = state_mask(known, padding, model.state_shape).to(x.device)
     state, finer = _replace_known(model, x, mask_projector(mask), sampler, rng)
     fresh = []
     for z in finer:
-        keep = state_mask(known, padding, z.shape[-1]).to(x.device)
+        keep = state_mask(known, padding, z.shape).to(x.device)
         fresh.append(torch.where(keep, z, temperature * randn(z.shape, rng, device=z.device)))
     return model.decode([state, *fresh])
 

@@ -222,7 +222,7 @@ def _or_nan(draw: Callable[[Sequence[int]], Tensor], rows: Sequence[int], spec: 
     try:
         return draw(rows).float().cpu()
     except NonFiniteError:
-        return torch.full((len(rows), spec.channels, spec.image_size, spec.image_size), math.nan)
+        return torch.full((len(rows), *spec.shape), math.nan)
 
 
 def _show_samples(context: EvalContext, images: Tensor) -> None:

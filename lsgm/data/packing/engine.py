@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -104,7 +105,7 @@ def pack(
         }  # fmt: skip
         work = _begin(out, made, splits)
         counts = {split: len(pictures) for split, pictures in splits.items()}
-        shape = (settings.image_size, settings.image_size, channels)
+        shape = (*settings.shape, channels)
         _check_space(out, counts, int(np.prod(shape)))
         offsets = {
             split: _array(work / f"{split}.npy", (count, *shape))
@@ -207,7 +208,7 @@ def _check_space(out: Path, counts: Mapping[str, int], picture: int) -> None:
 
 def chunks_of(splits: Mapping[str, Pictures], settings: PackSettings, channels: int) -> list[Chunk]:
     """The parts of the work."""
-    step = max(1, CHUNK_BYTES // (settings.image_size**2 * channels))
+    step = max(1, CHUNK_BYTES // (math.prod(settings.shape) * channels))
     return [
         Chunk(split, start, min(start + step, len(pictures)))
         for split, pictures in splits.items()
@@ -298,9 +299,8 @@ class Job:
 
     def __call__(self, chunk: Chunk) -> Done:
         """Decode a chunk and write it to its place."""
-        pictures, side = self.splits[chunk.split], self.settings.image_size
-        count = chunk.stop - chunk.start
-        rows = np.zeros((count, side, side, self.channels), np.uint8)
+        pictures, count = self.splits[chunk.split], chunk.stop - chunk.start
+        rows = np.zeros((count, *self.settings.shape, self.channels), np.uint8)
         sizes: list[list[int] | str] = []
         for k in range(count):
             try:
@@ -316,7 +316,7 @@ class Job:
     def _read(self, pictures: Pictures, index: int, row: np.ndarray) -> list[int]:
         size: list[int] = []
         image = read_image(
-            pictures.read(index), self.settings.image_size, self.channels,
+            pictures.read(index), self.settings.shape, self.channels,
             name=pictures.names[index], size_of=size, **self.settings.reading(),
         )  # fmt: skip
         row[:] = image.permute(1, 2, 0).numpy()
@@ -421,8 +421,9 @@ def _index(
             if isinstance(size, str)
         ]
     names = None if classes is None else [str(label) for label in classes]
+    height, width = settings.shape
     return PackIndex(
-        settings.image_size, channels, packed, names, dict(made), broken, dict(source.ignored)
+        height, width, channels, packed, names, dict(made), broken, dict(source.ignored)
     )
 
 

@@ -20,7 +20,8 @@ class PackSettings:
     """What is done to every picture, and how the splits are made.
 
     Attributes:
-        image_size: Side in pixels.
+        image_size: Side in pixels; the height, where a width is given.
+        image_width: Width of pictures that are not square.
         channels: 1 or 3; None: grey if all pictures are.
         box: Part of the upright picture that is taken first: left, top, right, bottom.
         crop: Side of the centre square that is taken first.
@@ -30,6 +31,7 @@ class PackSettings:
     """
 
     image_size: int
+    image_width: int | None = None
     channels: int | None = None
     box: Box | None = None
     crop: int | None = None
@@ -38,8 +40,8 @@ class PackSettings:
     max_broken: float = 0.01
 
     def __post_init__(self) -> None:
-        require_positive(self, "image_size crop")
-        require(self.image_size <= 8192, f"image_size: at most 8192, not {self.image_size}")
+        require_positive(self, "image_size image_width crop")
+        require(max(self.shape) <= 8192, f"image_size: at most 8192, not {max(self.shape)}")
         require(self.channels in (None, 1, 3), f"channels: must be 1 or 3, not {self.channels}")
         require(self.resample in RESAMPLES, f"resample: must be one of {', '.join(RESAMPLES)}")
         for name in ("test_fraction", "max_broken"):
@@ -47,6 +49,11 @@ class PackSettings:
                 0.0 < getattr(self, name) < 1.0 or (name == "max_broken" and self.max_broken == 0),
                 f"{name}: must lie between 0 and 1, not {getattr(self, name)}",
             )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.image_size, self.image_width or self.image_size
 
     def reading(self) -> dict[str, Any]:
         """The arguments of :func:`lsgm.data.images.read_image` that these are."""

@@ -226,7 +226,7 @@ def classifier(
     seen = ", half of them binarised" if spec.binary else ""
     return NetworkExtractor(
         f"classifier features ({' '.join(dict.fromkeys((spec.name, trained.labels)))})",
-        f"{spec.image_size}x{spec.image_size} as they are; the classifier saw training images"
+        f"{spec.shape[1]}x{spec.shape[2]} as they are; the classifier saw training images"
         f"{seen}, and has an accuracy of {trained.test_accuracy:.3f} on test images",
         trained.sha256,
         trained.network,

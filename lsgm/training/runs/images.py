@@ -99,8 +99,8 @@ def _summary(model: DataSGM, config: NCSNTrainConfig) -> str:
         noise = f"{ladder.num_levels} noise levels {ladder.sigma_max:g} to {ladder.sigma_min:g}"
     given = f"{model.num_classes} classes" if model.num_classes else "no classes"
     return (
-        f"{config.kind} ({config.objective.estimator}) on {spec.name}, {spec.channels} x "
-        f"{spec.image_size} x {spec.image_size} in {config.score.data_range} range, {given}; "
+        f"{config.kind} ({config.objective.estimator}) on {spec.name}, "
+        f"{spec.size_in_words} in {config.score.data_range} range, {given}; "
         f"{noise}; {config.score.network} with {parameters / 1e6:.2f} M parameters; sampler "
         f"{model.defaults.solver}, {model.defaults.nfe} evaluations"
     )

@@ -170,12 +170,7 @@ def _continued(first: VAEModel, config: LSGMTrainConfig) -> LSGM:
 
 def _same_images(model: VAEModel, datasets: Datasets) -> bool:
     a, b = model.spec, datasets.spec
-    return (a.channels, a.image_size, a.padding, a.binary) == (
-        b.channels,
-        b.image_size,
-        b.padding,
-        b.binary,
-    )
+    return (a.shape, a.padding, a.binary) == (b.shape, b.padding, b.binary)
 
 
 def _fit(
