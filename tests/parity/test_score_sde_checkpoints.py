@@ -348,7 +348,13 @@ def test_imported_runs_carry_the_published_sampler(fixture: Fixture, tmp_path: A
     assert len(times) == fixture.options["model"]["num_scales"]
     assert times[-1] == pytest.approx(fixture["sampling_eps"].item(), rel=1e-6)
     x, t = fixture["xt"][0], fixture["t"][0]
-    assert torch.equal(model.score(x, t), fixture.averaged.score(x, t))
+    weights = fixture.averaged.score.state_dict()
+    for key, value in model.score.state_dict().items():
+        assert torch.equal(value, weights[key])
+    # where tensors lie in memory decides the last bit on some machines
+    torch.testing.assert_close(
+        model.score(x, t), fixture.averaged.score(x, t), rtol=1e-5, atol=1e-6
+    )
 
 
 # The probability flow
