@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lsgm.commands.presets import PRESET, SHORT_OPTIONS, lsgm_base, rewritten, vae_base
 from lsgm.config.command_line import (
     LSGM_RUN,
     OUT,
@@ -46,12 +47,15 @@ SHOWN: dict[type, tuple[str, ...]] = {
 
 def vae(argv: Sequence[str], prog: str) -> None:
     """Train the hierarchical VAE, the first stage of LSGM. With no arguments: handwritten digits,
-    minutes on a CPU.
+    minutes on a CPU. With --data alone: a preset that fits images and device.
     """
+    full = rewritten(argv)
     line = parse_command_line(
         VAETrainConfig,
-        argv,
+        full,
+        extra=(*SHORT_OPTIONS, PRESET, OUT, RESUME),
         default_config="digits/vae",
+        base=vae_base(argv, full),
         prog=prog,
         description=vae.__doc__,
         shown=SHOWN[VAETrainConfig],
@@ -65,11 +69,13 @@ def lsgm(argv: Sequence[str], prog: str) -> None:
     """Train the score-based prior of LSGM end-to-end with a trained VAE, the second stage (arXiv
     2106.05931).
     """
+    full = rewritten(argv)
     line = parse_command_line(
         LSGMTrainConfig,
-        argv,
-        extra=(VAE_RUN, LSGM_RUN, OUT, RESUME),
+        full,
+        extra=(VAE_RUN, LSGM_RUN, PRESET, OUT, RESUME),
         default_config="digits/lsgm",
+        base=lsgm_base(argv, full),
         prepare=take_data_from_run,
         prog=prog,
         description=lsgm.__doc__,
@@ -87,7 +93,8 @@ def score(argv: Sequence[str], prog: str) -> None:
     """
     line = parse_command_line(
         NCSNTrainConfig,
-        argv,
+        rewritten(argv),
+        extra=(*SHORT_OPTIONS, OUT, RESUME),
         default_config="digits/ncsn",
         prog=prog,
         description=score.__doc__,

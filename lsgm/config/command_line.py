@@ -99,7 +99,7 @@ def load_config(
     Raises:
         UserError: For a file that cannot be read, an unknown key, or a value that does not fit.
     """
-    config = config_class() if path is None else _read(config_class, find_config(path))
+    config = config_class() if path is None else _read(config_class, find_config(path), None)
     return apply_overrides(config, split_plain(overrides, (), config_class)[1])
 
 
@@ -119,8 +119,8 @@ def load_run_config(run: str | Path) -> RunConfig:
     return lay_over(schema, None, keys, f"{path}: ", RETIRED_KEYS)
 
 
-def _read(config_class: type[T], path: Path) -> T:
-    return lay_over(config_class, None, read_layer(path), f"{path}: ", RETIRED_KEYS)
+def _read(config_class: type[T], path: Path, base: T | None) -> T:
+    return lay_over(config_class, base, read_layer(path), f"{path}: ", RETIRED_KEYS)
 
 
 def save_config(config: Any, path: str | Path) -> None:
@@ -168,6 +168,7 @@ def parse_command_line(
     *,
     extra: Sequence[Option] = (OUT, RESUME),
     default_config: str | Path | None = None,
+    base: T | None = None,
     prepare: Callable[[T, dict[str, Any]], T] | None = None,
     prog: str | None = None,
     description: str | None = None,
@@ -184,6 +185,8 @@ def parse_command_line(
         argv: Arguments without the program's name; None: those of this process.
         extra: Plain options beside ``--config``.
         default_config: YAML file, or name of a packaged one, used when ``--config`` is absent.
+        base: Configuration below the file, in place of the schema's defaults and of
+            ``default_config``.
         prepare: Called with the configuration before overrides and the options; returns the
             configuration to override.
         prog: Program name in the help text; None: of this process.
@@ -194,7 +197,7 @@ def parse_command_line(
         UserError: For an unknown option or key, or a value that does not fit.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    default = None if default_config is None else str(default_config)
+    default = None if default_config is None or base is not None else str(default_config)
     what = "YAML file whose values replace the defaults, or the name of one that comes with lsgm"
     plain = (Option("config", what, "FILE", default), *extra)
     wants_help = any(token in HELP_FLAGS for token in argv)
@@ -202,7 +205,7 @@ def parse_command_line(
     given = options.pop("config")
     chosen = given or default
     path = find_config(chosen) if chosen else None
-    config = load_config(config_class, path)
+    config = _read(config_class, path, base) if path else base or config_class()
     if given is None and options.get("resume"):
         written = run_folder(cast(RunConfig, config), options.get("out")) / CONFIG_FILE
         if written.is_file():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from lsgm.data.readers.base import Label, Source
 from lsgm.data.readers.folders import FilePictures, fingerprint_of
 from lsgm.data.spec import Datasets, DataSpec, ImageDataset
 from lsgm.errors import UserError
-from lsgm.system.locks import make_folder
+from lsgm.system.locks import InUseError, make_folder
 from lsgm.system.progress import progress_bar
 
 __all__ = ["Folder", "FolderDataset"]
@@ -33,6 +34,7 @@ __all__ = ["Folder", "FolderDataset"]
 # Names of the splits, in any case; where several are there, the first here.
 TRAIN_FOLDERS = ("train", "training")
 TEST_FOLDERS = ("test", "testing", "val", "valid", "validation")
+WAIT_SECONDS = 0.5
 READING_THREADS = 8
 """Threads that read all images at the start of a training, at most."""
 
@@ -134,7 +136,15 @@ def _packed(root: Path, cfg: DataConfig, channels: int, splits: Mapping[str, Nam
         print(f"data: no room in {cache} for {bytes_needed / 1e9:.1f} GB; decoding in each epoch")
         return None
     source = Source(root, "folder", pictures, print_of)
-    index = pack(source, pictures, folder, settings, how="as data.name folder makes them")
+    while True:
+        try:
+            how = "as data.name folder makes them"
+            index = pack(source, pictures, folder, settings, how=how)
+            break
+        except InUseError:  # another process packs the same: wait for it, or for its end
+            time.sleep(WAIT_SECONDS)
+            if is_packed(folder):
+                return folder
     if (note := crop_note(index)) is not None:
         print(note)
     print(f"data: {root} is packed in {folder} ({bytes_needed / 1e6:.0f} MB; data.cache off: no)")

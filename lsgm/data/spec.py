@@ -83,6 +83,13 @@ class DataSpec:
         return height + 2 * self.padding, width + 2 * self.padding
 
     @property
+    def units(self) -> tuple[str, ...]:
+        """Metrics of a bound, the leading one first: bits/dim of 8-bit images, nats of binary ones,
+        whose pixels are counted alone.
+        """
+        return ("nelbo",) if self.binary else ("bits_per_dim", "nelbo")
+
+    @property
     def size_in_words(self) -> str:
         """``C x H x W``."""
         return " x ".join(map(str, self.shape))

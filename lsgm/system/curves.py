@@ -33,14 +33,15 @@ def learning_curves(
     num_dims: int | None = None,
 ) -> None:
     """Plot a metric (the NELBO) in training and test of ``runs`` (label -> metrics lines) against
-    training minutes, one after the other. ``num_dims``: values of an image, of grey or colour data
-    whose nats a second axis then shows as bits/dim.
+    training minutes, one after the other. ``num_dims``: values of an image, of grey or colour
+    data, which are shown in bits/dim, with their nats at a second axis.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    unit = 1.0 if num_dims is None else num_dims * math.log(2)
     figure, axes = plt.subplots(figsize=(7, 4))
     offset = 0.0
     values: list[float] = []
@@ -55,7 +56,8 @@ def learning_curves(
             if not points:
                 continue
             minutes = max(minutes, points[-1][0])
-            x, y = zip(*points, strict=True)
+            x, nats = zip(*points, strict=True)
+            y = [value / unit for value in nats]
             values += y[len(y) // 4 :]
             axes.plot(
                 [offset + v for v in x],
@@ -71,11 +73,10 @@ def learning_curves(
         low, high = min(values), max(values)
         axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.15 * (high - low) + 1e-3)
     axes.set_xlabel("training time, minutes")
-    axes.set_ylabel(ylabel)
+    axes.set_ylabel(ylabel if num_dims is None else "bits/dim")
     if num_dims is not None:
-        unit = num_dims * math.log(2)
-        scale = (lambda nats: nats / unit, lambda bits: bits * unit)
-        axes.secondary_yaxis("right", functions=scale).set_ylabel("bits/dim")
+        scale = (lambda bits: bits * unit, lambda nats: nats / unit)
+        axes.secondary_yaxis("right", functions=scale).set_ylabel(ylabel)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()

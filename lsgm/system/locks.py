@@ -43,6 +43,10 @@ _held: set[tuple[int, int, int]] = set()
 own process, and closing any handle of the file would let them go."""
 
 
+class InUseError(UserError):
+    """Another process has the lock."""
+
+
 class FolderLock:
     """The right to write the run in a folder, until :meth:`release` or the end of the process.
 
@@ -63,8 +67,8 @@ class FolderLock:
         """Take the lock.
 
         Raises:
-            UserError: Another process has it (named, with its machine), or the folder cannot be
-                written.
+            InUseError: Another process has it (named, with its machine).
+            UserError: The folder cannot be written.
         """
         try:
             self._made = make_folder(self.folder)
@@ -130,12 +134,12 @@ class FolderLock:
                 stacklevel=2,
             )
 
-    def _in_use(self, holder: bytes) -> UserError:
+    def _in_use(self, holder: bytes) -> InUseError:
         try:
             who = "process {pid} on {host} since {since} ({command})".format(**json.loads(holder))
         except (ValueError, KeyError, TypeError):  # it has not written it yet
             who = "another process"
-        return UserError(f"{self.folder} is in use by {who}: wait until it ends, or stop it first")
+        return InUseError(f"{self.folder} is in use by {who}: wait until it ends, or stop it first")
 
 
 def make_folder(folder: Path) -> list[Path]:

@@ -103,9 +103,9 @@ def evaluate_vae(
     total = estimate(values.total)
     bits = {} if spec.binary else {"bits_per_dim": float(bits_per_dim(total.mean, spec.num_dims))}
     return {
+        **bits,
         "nelbo": total.mean,
         "nelbo_standard_error": total.standard_error,
-        **bits,
         "reconstruction": estimate(values.reconstruction).mean,
         "kl": estimate(values.kl).mean,
     }

@@ -122,7 +122,7 @@ def markdown(report: Any, details: Details, out: Path) -> str:
         "Likelihoods are nats an image of images without their padding, lower is better; `+-` is "
         "one standard error over images.",
         f"The model: {details.model}.",
-        *_likelihood(report.bounds),
+        *_likelihood(report.bounds, report.binary),
         *_decomposition(details),
         *_curves(details),
         *(_quality(details.quality) if details.quality else ()),
@@ -150,17 +150,20 @@ def _settings(bound: LikelihoodReport) -> str:
     )
 
 
-def _likelihood(bounds: dict[str, LikelihoodReport]) -> list[str]:
+def _likelihood(bounds: dict[str, LikelihoodReport], binary: bool) -> list[str]:
     if not bounds:
         return ["No bound that was asked for (--metrics) is defined for this run."]
-    rows = (
-        (bound.bound, _nats(bound.nats), f"{bound.bits_per_dim:.4f}", _nats(bound.reconstruction),
-         _nats(bound.kl), str(bound.num_images), bound.estimator, _settings(bound))
+    rows = [
+        [bound.bound, _nats(bound.nats), f"{bound.bits_per_dim:.4f}", _nats(bound.reconstruction),
+         _nats(bound.kl), str(bound.num_images), bound.estimator, _settings(bound)]
         for bound in bounds.values()
-    )  # fmt: skip
-    head = (
+    ]  # fmt: skip
+    head = [
         "number", "nats", "bits/dim", "reconstruction", "KL", "images", "estimator", "settings",
-    )  # fmt: skip
+    ]  # fmt: skip
+    if not binary:
+        for line in (head, *rows):
+            line[1], line[2] = line[2], line[1]
     return ["## Likelihood", markdown_table(head, rows)]
 
 

@@ -75,7 +75,8 @@ DATA_METRICS: tuple[str, ...] = ("bits",)
 class RunReport:
     """What an evaluation of one run found.
 
-    ``bounds``: by metric; ``sampling``: solver, evaluations per batch and seconds per image;
+    ``bounds``: by metric; ``binary``: of binary data, whose bounds are given in nats first, and in
+    bits/dim first of others; ``sampling``: solver, evaluations per batch and seconds per image;
     ``details``: what the written report adds, where it was asked for.
     """
 
@@ -85,6 +86,7 @@ class RunReport:
     split: str
     bounds: dict[str, LikelihoodReport]
     sampling: dict[str, Any]
+    binary: bool = True
     details: Details | None = field(default=None, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -125,7 +127,8 @@ def evaluate_run(folder: Path, options: EvaluateOptions, out: Path | None = None
         "seed": options.sampling.seed,
         "seconds_per_sample": (time.perf_counter() - start) / len(drawn.images),
     }
-    report = RunReport(folder, model.kind, model.spec.name, options.split, bounds, sampling)
+    spec = model.spec
+    report = RunReport(folder, model.kind, spec.name, options.split, bounds, sampling, spec.binary)
     if options.pictures:
         write_pictures(
             folder, Path(options.pictures) / folder.name, model, datasets, drawn.images, options
@@ -287,8 +290,8 @@ COLUMNS = (
     "bound",
     "images",
     "nats",
-    "against first",
     "bits/dim",
+    "against first",
     "reconstruction",
     "KL",
     "NFE",
@@ -311,15 +314,19 @@ def format_table(reports: Sequence[RunReport]) -> str:
                 bound.bound,
                 str(bound.num_images),
                 str(bound.nats),
-                _difference(bound, first),
                 f"{bound.bits_per_dim:.4f}",
+                _difference(bound, first),
                 f"{bound.reconstruction.mean:.2f}" if bound.reconstruction else "-",
                 f"{bound.kl.mean:.2f}" if bound.kl else "-",
                 f"{report.sampling['nfe']:g}",
                 f"{1000 * report.sampling['seconds_per_sample']:.2f}",
             ]
             rows.append(row)
-    return markdown_table(COLUMNS, rows)
+    columns = list(COLUMNS)
+    if not any(report.binary for report in reports):
+        for line in (columns, *rows):
+            line[3], line[4] = line[4], line[3]
+    return markdown_table(columns, rows)
 
 
 def _difference(bound: LikelihoodReport, first: LikelihoodReport) -> str:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
+
 from lsgm.config.training import OptimConfig, TrainConfig
 from lsgm.data import Batches, fitting_batch_size
 from lsgm.data.spec import ImageDataset
@@ -17,8 +19,9 @@ from lsgm.errors import UserError
 from lsgm.models.release import Described
 from lsgm.system.files import RunFolder, atomic_write_json
 from lsgm.system.locks import FolderLock
+from lsgm.system.memory import physical_memory
 from lsgm.training.best import BestWeights, Release
-from lsgm.training.context import DrawCurves, Evaluate
+from lsgm.training.context import DrawCurves, Evaluate, FitResult
 from lsgm.training.distributed import World, distributed, on_main
 from lsgm.training.loop import fit
 from lsgm.training.precision import usable_precision
@@ -30,7 +33,9 @@ __all__ = [
     "RunConfig",
     "Training",
     "TrainingData",
+    "closing",
     "open_run",
+    "opening",
     "started",
 ]
 
@@ -163,7 +168,9 @@ class OpenRun(Generic[D]):
         if settings.release == "best" and evaluate is not None:
             best = BestWeights(folder, world)
             evaluate, release = best.watch(evaluate), best.releasing(release)
-        fit(
+        if world.is_main:
+            print(opening(training.model, settings, batches.steps_per_epoch, self), flush=True)
+        result = fit(
             training.stage,
             batches,
             settings,
@@ -176,6 +183,8 @@ class OpenRun(Generic[D]):
             draw_curves=training.draw_curves,
             on_start=lambda step: self._write_start(training.model, step),
         )
+        if world.is_main:
+            print(closing(training.model, result, folder), flush=True)
 
     def _write_start(self, model: Described, step: int) -> None:
         # Only now that data and model have been built: a mistake leaves no folder in the way.
@@ -187,6 +196,52 @@ class OpenRun(Generic[D]):
             }
             atomic_write_json(self.folder.start, start)
         record_changes(self.folder, self.config, self.plan, step)
+
+
+def opening(model: Any, train: TrainConfig, steps_per_epoch: int, run: OpenRun[Any]) -> str:
+    """What a training is about to do: model, device, length, where it writes."""
+    words = model.in_words() if hasattr(model, "in_words") else _parameters(model)
+    prior = getattr(model, "score", None) if hasattr(model, "vae") else None
+    if isinstance(prior, torch.nn.Module):
+        words += f"; prior of {_parameters(prior)}"
+    device, size = run.world.device, run.world.size
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        where = f"{size} x {torch.cuda.get_device_name(device)}, {memory / 2**30:.0f} GiB"
+    else:
+        threads = train.num_threads or torch.get_num_threads()
+        memory = physical_memory()
+        where = f"{size} x {device.type} with {threads} threads, {memory / 2**30:.0f} GiB"
+    steps = train.epochs * steps_per_epoch
+    steps = steps if train.max_steps is None else min(steps, train.max_steps)
+    return (
+        f"model: {words}\n"
+        f"device: {where}; {train.precision}\n"
+        f"training: {steps} steps of {train.batch_size} images, {steps_per_epoch} an epoch -> "
+        f"{run.folder.path}"
+    )
+
+
+def _parameters(model: Any) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
+
+
+NEXT = {
+    "vae": ("lsgm train-lsgm --vae {run}",),
+    "classifier": ("lsgm edit class-conditional --run RUN --judge {run}",),
+}
+"""What one does with a trained model of that kind."""
+SAMPLE = ("lsgm sample --run {run}", "lsgm evaluate --run {run}")
+
+
+def closing(model: Described, result: FitResult, run: RunFolder) -> str:
+    """Where the trained model is, its last numbers, and what to type next."""
+    numbers = [f"{name} {value:.4g}" for name, value in result.metrics.items() if value is not None]
+    seconds = result.train_seconds
+    took = f"{seconds / 60:.0f} minutes" if seconds > 120 else f"{seconds:.0f} seconds"
+    lines = [f"{run.path}: trained for {took}; {', '.join(numbers[:3]) or 'not evaluated'}"]
+    lines += [f"next: {line.format(run=run.path)}" for line in NEXT.get(model.kind, SAMPLE)]
+    return "\n".join(lines)
 
 
 @contextlib.contextmanager

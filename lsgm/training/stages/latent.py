@@ -56,7 +56,7 @@ class _BoundStage(Stage):
         self.model = model
         self.objective = objective
         self.regularizers = regularizers
-        self.headline = ("nelbo",) if model.spec.binary else ("nelbo", "bits_per_dim")
+        self.headline = model.spec.units
 
     def extra_state(self) -> dict[str, Any]:
         return {name: spectral.state_dict() for name, spectral in self.regularizers.items()}
