@@ -29,7 +29,7 @@ from lsgm.networks import NCSNpp
 from lsgm.networks.layers import resolution
 
 CPU = Machine("cpu", 16 * 2**30)
-SIZES = [16, 28, 32, 48, 64, 128, 256, 512]
+SIZES = [16, 28, 64, 256, 512]
 
 
 def spec_of(size: int, kind: str) -> DataSpec:
@@ -59,7 +59,7 @@ def size_of(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-@pytest.mark.parametrize("kind", ["colour", "grey", "binary"])
+@pytest.mark.parametrize("kind", ["colour", "binary"])
 @pytest.mark.parametrize("size", SIZES)
 def test_every_preset_builds_and_grows(size, kind):
     vaes, priors = [], []
