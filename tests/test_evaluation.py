@@ -350,9 +350,11 @@ def test_curves_of_colour_data_have_an_axis_of_bits(tmp_path, monkeypatch):
     learning_curves({"run": lines}, tmp_path / "b.png")
     with_bits, without = seen
     (axis,) = with_bits.child_axes
-    assert axis.get_ylabel() == "bits/dim" and not without.child_axes
+    assert with_bits.get_ylabel() == "bits/dim" and not without.child_axes
+    assert axis.get_ylabel() == without.get_ylabel() == "NELBO, nats an image"
     unit = 192 * math.log(2)
-    assert axis.get_ylim() == pytest.approx([y / unit for y in with_bits.get_ylim()])
+    assert axis.get_ylim() == pytest.approx([y * unit for y in with_bits.get_ylim()])
+    assert with_bits.lines[0].get_ydata() == pytest.approx([(500 - i) / unit for i in range(3)])
 
 
 # Files

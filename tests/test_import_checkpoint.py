@@ -90,7 +90,7 @@ def assert_same_vae(ours: HierarchicalVAE, theirs: HierarchicalVAE) -> None:
     """Both give the same posterior draw, likelihood and sample, bit by bit."""
     theirs.eval()
     rng = torch.Generator().manual_seed(0)
-    x = torch.rand(2, ours.image_channels, ours.image_size, ours.image_size, generator=rng)
+    x = torch.rand(2, ours.image_channels, *ours.image_size, generator=rng)
     x = 2 * x.round() - 1
     a, b = (vae(x, rng=torch.Generator().manual_seed(1)) for vae in (ours, theirs))
     for name in ("eps", "log_q", "mu", "log_sigma"):

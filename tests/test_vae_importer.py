@@ -96,7 +96,7 @@ def test_weights_come_back(tmp_path: Path, extra: dict[str, Any], use_se: bool) 
     state = vae.state_dict()
     assert set(loaded.state_dict()) == set(state)
     assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
-    assert loaded.image_size == 32
+    assert loaded.image_size == (32, 32)
     assert loaded.crop == (2 if args["decoder_dist"] == "bin" else 0)
     eps = [torch.randn(2, *shape) for shape in vae.latent_shapes]
     with torch.no_grad():

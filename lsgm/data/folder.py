@@ -145,6 +145,9 @@ def _packed(root: Path, cfg: DataConfig, channels: int, splits: Mapping[str, Nam
             time.sleep(WAIT_SECONDS)
             if is_packed(folder):
                 return folder
+        except UserError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
     if (note := crop_note(index)) is not None:
         print(note)
     print(f"data: {root} is packed in {folder} ({bytes_needed / 1e6:.0f} MB; data.cache off: no)")

@@ -77,7 +77,7 @@ class Cases:
         name = self.rng.choice(list(SOLVERS))
         own = set(inspect.signature(SOLVERS[name]).parameters)
         foreign = [option for option, names in SOLVER_OPTIONS.items() if not own.issuperset(names)]
-        skip = ["run", *(foreign if self.rng.random() < 0.8 else ())]
+        skip = ["run", "compile", *(foreign if self.rng.random() < 0.8 else ())]
         nfe = ["--nfe", "8"] if name not in ("dopri5", "rk45") else []
         flags = mutated_flags(self.rng, schema, skip, self.rng.choice((1, 1, 2)))
         return ["--device", "cpu", "--solver", name, *nfe, *flags]

@@ -315,9 +315,11 @@ class Job:
 
     def _read(self, pictures: Pictures, index: int, row: np.ndarray) -> list[int]:
         size: list[int] = []
+        stored = pictures.read(index)
         image = read_image(
-            pictures.read(index), self.settings.shape, self.channels,
-            name=pictures.names[index], size_of=size, **self.settings.reading(),
+            stored, self.settings.shape, self.channels,
+            name=None if isinstance(stored, Path) else pictures.names[index],
+            size_of=size, **self.settings.reading(),
         )  # fmt: skip
         row[:] = image.permute(1, 2, 0).numpy()
         return size

@@ -22,7 +22,7 @@ from torch import Tensor
 from lsgm.data import Datasets, preprocess
 from lsgm.models.latent import VAEModel
 from lsgm.sde import largest_squared_distance
-from lsgm.system.files import atomic_write_json
+from lsgm.system.files import atomic_write_json, json_text
 from lsgm.system.progress import progress_bar
 from lsgm.training.distributed import World, gather_rows, on_main
 from lsgm.training.precision import autocast
@@ -148,7 +148,7 @@ class LatentScan:
     def _kept(self, what: list[Any], measure: Any) -> Any:
         """What ``measure`` finds, or has found for the same weights and data."""
         key = hashlib.sha256(
-            json.dumps([*what, SEED, len(self.datasets.train), self._weights()]).encode()
+            json_text([*what, SEED, len(self.datasets.train), self._weights()]).encode()
         ).hexdigest()
 
         def stored() -> Any:
