@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import signal
 
-__all__ = ["MALFORMED", "Interrupted", "NonFiniteError", "UserError", "malformed", "require"]
+__all__ = [
+    "MALFORMED",
+    "Interrupted",
+    "NonFiniteError",
+    "UserError",
+    "malformed",
+    "one_line",
+    "require",
+]
 
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What reading a file leads to whose content is of other types than it should be."""
@@ -51,3 +59,9 @@ def malformed(source: object, expected: str, error: Exception) -> UserError:
     """One line for a file that is read like ``expected`` and is something else."""
     first = (str(error).strip().splitlines() or [""])[0][:200]
     return UserError(f"{source}: not {expected} ({type(error).__name__}: {first})")
+
+
+def one_line(error: BaseException, longest: int = 200) -> str:
+    """What an error of another library says, in one line; its name where it says nothing."""
+    said = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return said[:longest] or type(error).__name__

@@ -202,6 +202,15 @@ def test_every_damaged_file_of_both_splits_shows_at_the_start(tmp_path):
         UserError, match=r"test/1\.png: not a readable.*; and 1 more of 6 pictures$"
     ):
         build(tmp_path, cache="auto")
+    for name in ("1.png", "2.png"):
+        write(tmp_path / "test" / name)
+    build(tmp_path, cache="auto")  # nothing of the first try is left
+    own = [p for p in folder.cache_folder().glob("*") if _packs(p, tmp_path)]
+    assert len(own) == 1 and not (own[0] / ".prepare").exists()
+
+
+def _packs(pack: Path, root: Path) -> bool:
+    return any(str(root) in f.read_text() for f in pack.rglob("*.json"))
 
 
 def test_the_cache_holds_the_pixels_of_the_files_and_follows_their_changes(tmp_path, capsys):

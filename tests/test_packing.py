@@ -58,7 +58,7 @@ def test_every_picture_is_where_the_index_says(tmp_path, capsys):
     said = capsys.readouterr().out
     index = read_index(tmp_path / "p")
     assert {s: len(x.names) for s, x in index.splits.items()} == {"train": 18, "test": 5}
-    assert "5 pictures are held out" in said and f"--data.root {tmp_path / 'p'}" in said
+    assert "5 pictures are held out" in said and f"train-vae --data {tmp_path / 'p'}" in said
     assert sorted(n for s in index.splits.values() for n in s.names) == sorted(
         p.relative_to(source).as_posix() for p in source.rglob("*.png")
     )
@@ -150,7 +150,7 @@ def test_a_killed_pack_goes_on_and_gives_the_same(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(source, tmp_path / "p", *options)
     assert not (tmp_path / "p/index.json").exists()
-    with pytest.raises(UserError, match="give|no image|needs|packed|not"):
+    with pytest.raises(UserError, match="no image in"):
         build_datasets(config(tmp_path / "p", image_size=8))
     with pytest.raises(UserError, match="unfinished pack with another image_size"):
         run(source, tmp_path / "p", "--image_size", "4", *options[2:])

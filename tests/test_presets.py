@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -162,8 +161,19 @@ def test_two_lines_train_on_ones_own_pictures(pictures, tmp_path, capfd):
     ]  # fmt: skip
     written = yaml.safe_load((lsgm / "config.yaml").read_text())
     assert written["prior"]["mixing_init"] == -4 and written["data"]["root"] == str(pictures)
-    run("train-vae", "--out", vae, "--resume")  # the folder knows everything
-    assert "finished" in capfd.readouterr().out
+    for again in (
+        ("--resume",),
+        ("--data", pictures, "--image_size", 16, *QUICK, "--resume", "auto"),
+    ):
+        run("train-vae", "--out", vae, *again)  # the folder knows everything
+        out, _ = capfd.readouterr()
+        assert "the run is finished" in out and "preset" not in out
+
+
+def test_a_preset_starts_where_there_is_nothing_to_resume(pictures, tmp_path, capfd):
+    data = ("--data", pictures, "--image_size", 16, *QUICK)
+    run("train-vae", *data, "--out", tmp_path / "v", "--resume", "auto")
+    assert "preset small" in capfd.readouterr().out
 
 
 def test_a_file_lies_over_the_preset_and_an_option_over_the_file(pictures, tmp_path):
@@ -193,4 +203,3 @@ def test_mistakes(pictures, tmp_path):
 def test_bits_per_dim_lead_where_pixels_have_eight_bits():
     assert spec_of(32, "colour").units == ("bits_per_dim", "nelbo")
     assert spec_of(32, "binary").units == ("nelbo",)
-    assert math.prod(spec_of(32, "colour").shape) == 3072

@@ -22,7 +22,7 @@ SHOWN_BROKEN = 5
 def prepare(argv: Sequence[str], prog: str | None = None) -> None:
     """Make one packed data set of pictures, whatever they are kept in: a folder in any nesting,
     zip, tar (WebDataset), LMDB, TFRecord, Parquet, HDF5, NPZ or NPY. A training reads it without
-    decoding anything (--data.name folder --data.root DIR). A second call goes on where a killed one
+    decoding anything (--data DIR). A second call goes on where a killed one
     was.
 
     Raises:
@@ -110,5 +110,5 @@ def _summary(out: Path, index: PackIndex) -> str:
     if index.broken:
         lines.append(f"left out: {len(index.broken)} unreadable pictures, all listed in index.json")
         lines += [f"  {reason}" for _, _, reason in index.broken[:SHOWN_BROKEN]]
-    lines.append(f"next: lsgm train-vae --data.name folder --data.root {out} ...")
+    lines.append(f"next: lsgm train-vae --data {out}")
     return "\n".join(lines)

@@ -6,8 +6,14 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from lsgm.config.command_line import RunConfig, load_config, load_run_config
-from lsgm.config.overrides import Option
+from lsgm.config.command_line import (
+    CONFIG_FILE,
+    RunConfig,
+    load_config,
+    load_run_config,
+    run_folder,
+)
+from lsgm.config.overrides import HELP_FLAGS, Option
 from lsgm.config.presets import PRESETS, DataFacts, Machine, choose_preset, lsgm_preset, vae_preset
 from lsgm.config.training import DataConfig, LSGMTrainConfig, VAETrainConfig
 from lsgm.errors import UserError
@@ -55,17 +61,19 @@ def rewritten(argv: Sequence[str]) -> list[str]:
     return found
 
 
-def _wanted(argv: Sequence[str], full: Sequence[str]) -> tuple[bool, str | None]:
-    """Whether the configuration is a preset's, and its name if one is given."""
+def _wanted(argv: Sequence[str], without_file: bool) -> tuple[bool, str | None]:
+    """Whether the configuration is a preset's, and its name if one is given; ``without_file``:
+    also where neither a preset nor a file is named.
+    """
     name = None
     if "--preset" in argv:
         place = list(argv).index("--preset") + 1
         name = argv[place] if place < len(argv) else ""
         if name not in PRESETS:
             raise UserError(f"--preset: there is no {name!r}; there are {', '.join(PRESETS)}")
-    if {"-h", "--help", "--help-all", "--resume"} & set(argv):
+    if set(HELP_FLAGS) & set(argv):
         return False, None
-    return name is not None or ("--config" not in argv and "--data.name" in full), name
+    return name is not None or (without_file and "--config" not in argv), name
 
 
 def _overrides(full: Sequence[str], section: str) -> list[str]:
@@ -108,9 +116,12 @@ def _device(full: Sequence[str]) -> str:
     return given.train.device
 
 
-def _say(name: str, why: str, facts: DataFacts, config: RunConfig) -> None:
+def _say(name: str, why: str, facts: DataFacts, config: RunConfig, full: Sequence[str]) -> None:
+    goes_on = (
+        "--resume" in full and (run_folder(config, _value(full, "--out")) / CONFIG_FILE).is_file()
+    )  # by its own configuration
     kind = "binary" if facts.binary else "grey" if facts.channels == 1 else "colour"
-    if os.environ.get("RANK", "0") != "0":
+    if goes_on or os.environ.get("RANK", "0") != "0":
         return
     print(
         f"preset {name} ({why}) for {facts.count} {kind} images of {facts.height} x {facts.width}: "
@@ -130,14 +141,14 @@ def vae_base(argv: Sequence[str], full: Sequence[str]) -> VAETrainConfig | None:
     Raises:
         UserError: There is no such preset, or the data cannot be read.
     """
-    wanted, name = _wanted(argv, full)
+    wanted, name = _wanted(argv, "--data.name" in full)
     if not wanted:
         return None
-    given = load_config(VAETrainConfig, _config_of(full), _overrides(full, "data"))
+    given = load_config(VAETrainConfig, _value(full, "--config"), _overrides(full, "data"))
     machine, facts = _machine(_device(full)), _facts(given.data)
     chosen, why = _chosen(name, machine)
     config = vae_preset(chosen, facts, given.data, machine)
-    _say(chosen, why, facts, config)
+    _say(chosen, why, facts, config, full)
     return config
 
 
@@ -145,7 +156,7 @@ def lsgm_base(argv: Sequence[str], full: Sequence[str]) -> LSGMTrainConfig | Non
     """As :func:`vae_base`, of a second stage: without ``--config``, unless the VAE is of the
     embedded digits, which have a configuration of their own.
     """
-    wanted, name = _wanted(argv, [*full, "--data.name"])
+    wanted, name = _wanted(argv, True)
     run = _value(full, "--vae")
     if not wanted or run is None:
         return None
@@ -163,14 +174,10 @@ def lsgm_base(argv: Sequence[str], full: Sequence[str]) -> LSGMTrainConfig | Non
         raise UserError(f"--vae: {run} is not the run of a VAE")
     latents = model.vae.top_shape
     config = lsgm_preset(chosen, facts, data, machine, latents)
-    _say(chosen, why, facts, config)
+    _say(chosen, why, facts, config, full)
     return config
 
 
 def _value(argv: Sequence[str], flag: str) -> str | None:
     found = [argv[i + 1] for i, token in enumerate(argv[:-1]) if token == flag]
     return found[-1] if found else None
-
-
-def _config_of(argv: Sequence[str]) -> str | None:
-    return _value(argv, "--config")

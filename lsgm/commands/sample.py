@@ -110,7 +110,7 @@ class SampleOptions(SolverOptions):
     @property
     def num_images(self) -> int:
         """Number of images that are numbered."""
-        return max(self.n, *(k + 1 for k in self.index)) if self.index else self.n
+        return max([self.n, *(k + 1 for k in self.index)])
 
     @property
     def num_written(self) -> int:

@@ -1,8 +1,8 @@
 """Sensible choices for data of one's own: ``--preset small | medium | large``.
 
-A preset is a function of what the data are: size, kind and number of pictures. *small* is for two
-CPU cores and an hour or two a stage, *medium* for one GPU of 8 to 24 GB and a day, *large* is the
-published architecture for the size, made for eight large GPUs. What is chosen stands in full in the
+A preset is a function of what the data are: size, kind and number of pictures. *small* is meant for
+two CPU cores, *medium* for one GPU of 8 to 24 GB, *large* is the published architecture for the
+size, made for eight large GPUs. What is chosen stands in full in the
 run's ``config.yaml``; every key can be given in its place.
 """
 

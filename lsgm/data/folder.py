@@ -18,13 +18,13 @@ from torch import Tensor
 from lsgm.config.training import DataConfig
 from lsgm.data.discovery import count_files, find_images, subfolders
 from lsgm.data.images import EXTENSIONS, is_grey, read_image
-from lsgm.data.packed import crop_note, is_packed, load_packed
+from lsgm.data.packed import crop_note, is_packed, load_packed, pictures_spec
 from lsgm.data.packing.engine import pack
 from lsgm.data.packing.settings import PackSettings
 from lsgm.data.packing.splits import held_out
 from lsgm.data.readers.base import Label, Source
 from lsgm.data.readers.folders import FilePictures, fingerprint_of
-from lsgm.data.spec import Datasets, DataSpec, ImageDataset
+from lsgm.data.spec import Datasets, ImageDataset
 from lsgm.errors import UserError
 from lsgm.system.locks import InUseError, make_folder
 from lsgm.system.progress import progress_bar
@@ -71,27 +71,17 @@ class Folder:
         train, test, ignored = _splits(root, cfg.test_fraction)
         paths = [path for path, _ in train + test]
         channels = cfg.channels or (1 if all(map(is_grey, paths)) else 3)
-        names = {name for _, name in train + test}
-        classes = None if None in names or len(names) < 2 else sorted(filter(None, names))
-        spec = DataSpec(
-            name=cfg.name,
-            channels=channels,
-            image_size=cfg.image_size,
-            image_width=cfg.image_width,
-            padding=0,
-            binary=False,
-            num_classes=len(classes) if classes else None,
-            flip=True if cfg.flip is None else cfg.flip,
-            affine=cfg.augment == "affine",
-            affine_padding="reflection",
-        )
         cached = _packed(root, cfg, channels, {"train": train, "test": test})
         if cached is not None:
             return load_packed(cached, cfg, ignored)
+        names = {name for _, name in train + test}
+        classes = None if None in names or len(names) < 2 else sorted(filter(None, names))
+        size = (cfg.image_size, cfg.image_width or cfg.image_size)
+        spec = pictures_spec(cfg, channels, size, len(classes) if classes else None)
         sets = [
             FolderDataset(
                 [path for path, _ in split],
-                size=spec.shape[1:],
+                size=size,
                 channels=channels,
                 labels=torch.tensor([classes.index(name) for _, name in split if name])
                 if classes
@@ -145,14 +135,11 @@ def _packed(root: Path, cfg: DataConfig, channels: int, splits: Mapping[str, Nam
             time.sleep(WAIT_SECONDS)
             if is_packed(folder):
                 return folder
-        except UserError:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
     if (note := crop_note(index)) is not None:
         print(note)
     print(f"data: {root} is packed in {folder} ({bytes_needed / 1e6:.0f} MB; data.cache off: no)")
-    for old in cache.glob(f"{kind}-*"):  # of the same folder as it was
-        if old != folder and is_packed(old):
+    for old in cache.glob(f"{kind}-*"):  # of the same folder as it was, finished or not
+        if old != folder:
             shutil.rmtree(old, ignore_errors=True)
     return folder
 

@@ -37,7 +37,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from lsgm.errors import UserError
+from lsgm.errors import UserError, one_line
 
 __all__ = [
     "BACKGROUND",
@@ -243,10 +243,7 @@ def _opened(stored: Stored, label: str) -> Iterator[Image.Image]:
             "damaged)"
         ) from error
     except Exception as error:  # on damaged files Pillow raises whatever it stumbles over
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(
-            f"{label}: not a readable image ({reason or type(error).__name__})"
-        ) from error
+        raise UserError(f"{label}: not a readable image ({one_line(error)})") from error
 
 
 def _too_large(label: str, found: str) -> UserError:

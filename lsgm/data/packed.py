@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lsgm.config.training import DataConfig
 from lsgm.data.spec import Datasets, DataSpec, ImageDataset
-from lsgm.errors import UserError
+from lsgm.errors import UserError, one_line
 from lsgm.system.files import atomic_write_json
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "PackedSplit",
     "is_packed",
     "load_packed",
+    "pictures_spec",
     "read_index",
     "write_index",
 ]
@@ -139,9 +140,9 @@ def read_index(folder: Path) -> PackIndex:
             raise ValueError("it has no train and test split")
         _check(index)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(
-            f"{path}: not a readable index of packed data ({reason}); run lsgm prepare again"
+            f"{path}: not a readable index of packed data ({one_line(error)}); "
+            "run lsgm prepare again"
         ) from error
     for split in index.splits:
         _array(folder, index, split)
@@ -170,8 +171,7 @@ def _array(folder: Path, index: PackIndex, split: str) -> np.ndarray:
     try:
         array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(f"{path}: damaged ({reason}); run lsgm prepare again") from error
+        raise UserError(f"{path}: damaged ({one_line(error)}); run lsgm prepare again") from error
     if array.shape != index.shape(split) or array.dtype != np.uint8:
         raise UserError(
             f"{path}: {array.dtype} of shape {array.shape}, where {INDEX} says uint8 of "
@@ -202,6 +202,25 @@ class PackedDataset(ImageDataset):
         return images.permute(0, 3, 1, 2).contiguous().float().div_(255.0)
 
 
+def pictures_spec(
+    cfg: DataConfig, channels: int, size: tuple[int, int], num_classes: int | None
+) -> DataSpec:
+    """Facts about pictures of one's own, of height and width ``size``."""
+    height, width = size
+    return DataSpec(
+        name=cfg.name,
+        channels=channels,
+        image_size=height,
+        image_width=None if width == height else width,
+        padding=0,
+        binary=False,
+        num_classes=num_classes,
+        flip=True if cfg.flip is None else cfg.flip,
+        affine=cfg.augment == "affine",
+        affine_padding="reflection",
+    )
+
+
 def load_packed(root: Path, cfg: DataConfig, ignored: Mapping[str, int] | None = None) -> Datasets:
     """Train and test sets of a packed folder.
 
@@ -228,21 +247,11 @@ def load_packed(root: Path, cfg: DataConfig, ignored: Mapping[str, int] | None =
             f"data.image_width: {root} is packed with {height} x {width}, not {asked_width} wide; "
             "leave both out, or run lsgm prepare again"
         )
-    spec = DataSpec(
-        name=cfg.name,
-        channels=index.channels,
-        image_size=height,
-        image_width=None if width == height else width,
-        padding=0,
-        binary=False,
-        num_classes=None if index.classes is None else len(index.classes),
-        flip=True if cfg.flip is None else cfg.flip,
-        affine=cfg.augment == "affine",
-        affine_padding="reflection",
-    )
+    classes = None if index.classes is None else len(index.classes)
+    spec = pictures_spec(cfg, index.channels, (height, width), classes)
     sets = []
     for split in ("train", index.held_out):
         labels = index.splits[split].labels
-        classes = None if labels is None else torch.tensor(labels, dtype=torch.int64)
-        sets.append(PackedDataset(_array(root, index, split), classes))
+        known = None if labels is None else torch.tensor(labels, dtype=torch.int64)
+        sets.append(PackedDataset(_array(root, index, split), known))
     return Datasets(sets[0], sets[1], spec, dict(index.ignored if ignored is None else ignored))

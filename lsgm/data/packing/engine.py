@@ -98,6 +98,8 @@ def pack(
     lock = FolderLock(out)
     lock.acquire()
     try:
+        if (out / INDEX).exists():
+            raise UserError(f"{out}: is packed already; choose another folder or delete it")
         channels = settings.channels or _channels(splits)
         made = {
             "source": str(source.path), "form": source.form, "fingerprint": source.fingerprint,
@@ -144,8 +146,6 @@ def _channels(splits: Mapping[str, Pictures]) -> int:
 def _begin(out: Path, made: Mapping[str, Any], splits: Iterable[str]) -> Path:
     """The folder of the unfinished pack."""
     work, settings = out / WORK, out / WORK / "settings.json"
-    if (out / INDEX).exists():
-        raise UserError(f"{out}: is packed already; choose another folder or delete it")
     ours = {WORK, ".lock"}
     if settings.exists():
         ours.update(f"{split}.npy" for split in splits)

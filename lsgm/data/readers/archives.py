@@ -11,9 +11,8 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from lsgm.data.discovery import MASK_FOLDERS, MASKS, NOT_IMAGES, SYSTEM_NAMES
 from lsgm.data.images import EXTENSIONS, MAX_PIXELS
@@ -21,8 +20,8 @@ from lsgm.data.readers.base import (
     ALL,
     Label,
     Pictures,
+    SlicedPictures,
     Source,
-    UnreadableError,
     fingerprint,
     split_of,
 )
@@ -65,12 +64,9 @@ def open_zip(path: Path) -> Source:
         raise UserError(f"{path}: not a readable zip archive ({error})") from error
     ignored: Counter[str] = Counter()
     with archive:
-        members = [info.filename for info in archive.infolist() if not info.is_dir()]
-        names = sorted(_pictures(members, ignored))
-        given = None
-        if LABELS in members:
-            ignored[NOT_IMAGES] -= 1
-            given = _dataset_json(archive, path)
+        members = {info.filename for info in archive.infolist() if not info.is_dir()}
+        names = sorted(_pictures(members - {LABELS}, ignored))
+        given = _dataset_json(archive, path) if LABELS in members else None
     if given is not None:
         unknown = next((name for name in names if name not in given), None)
         if unknown is not None:
@@ -90,9 +86,9 @@ def _zip_member(archive: zipfile.ZipFile, path: Path, name: str, limit: int) -> 
         zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError,
         ValueError,
     ) as error:  # fmt: skip
-        raise UnreadableError(f"{path}: {name}: cannot be read ({error})") from error
+        raise UserError(f"{path}: {name}: cannot be read ({error})") from error
     if len(data) > limit:
-        raise UnreadableError(f"{path}: {name}: larger than {limit} bytes")
+        raise UserError(f"{path}: {name}: larger than {limit} bytes")
     return data
 
 
@@ -113,7 +109,7 @@ def _dataset_json(archive: zipfile.ZipFile, path: Path) -> dict[str, int] | None
     return found
 
 
-def _pictures(members: Sequence[str], ignored: Counter[str]) -> list[str]:
+def _pictures(members: Iterable[str], ignored: Counter[str]) -> list[str]:
     """Those of the names that are pictures."""
     found = []
     for name in members:
@@ -148,7 +144,7 @@ def _folders(paths: Sequence[Sequence[str]]) -> list[Label] | None:
     return labels if len(labels) == len(paths) and len(set(labels)) > 1 else None
 
 
-class TarPictures(Pictures):
+class TarPictures(SlicedPictures):
     """Members of tar shards, found by their offsets."""
 
     def __init__(
@@ -157,24 +153,13 @@ class TarPictures(Pictures):
         members: Sequence[tuple[str, int, int, int]],
         labels: Sequence[Label] | None,
     ) -> None:
-        self.shards = list(shards)
+        self.files = list(shards)
         self.names = [name for name, *_ in members]
         self.places = [place for _, *place in members]
         self.labels = labels
 
-    def _open(self) -> dict[int, Any]:
-        return {}
-
     def read(self, index: int) -> bytes:
-        shard, offset, size = self.places[index]
-        if shard not in self.handle:
-            self.handle[shard] = self.shards[shard].open("rb")
-        file = self.handle[shard]
-        file.seek(offset)
-        data: bytes = file.read(size)
-        if len(data) != size:
-            raise UnreadableError(f"{self.shards[shard]}: {self.names[index]}: the file ends early")
-        return data
+        return self.slice(index)
 
 
 def open_tars(paths: Sequence[Path], root: Path) -> Source:
@@ -195,8 +180,6 @@ def open_tars(paths: Sequence[Path], root: Path) -> Source:
             unique = f"{path.name}/{name}" if len(paths) > 1 else name
             members.append((unique, number, offset, size))
             labels.append(label)
-    if len(by_split) > 1 and "train" not in by_split:
-        raise UserError(f"{root}: {', '.join(sorted(by_split))}, and no train among the shards")
     splits = {
         split: TarPictures(paths, members, None if None in labels else labels)
         for split, (members, labels) in by_split.items()

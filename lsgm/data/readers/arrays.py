@@ -15,12 +15,11 @@ from lsgm.data.readers.base import (
     Label,
     Pictures,
     Source,
-    UnreadableError,
     fingerprint,
     optional_library,
     split_of,
 )
-from lsgm.errors import UserError
+from lsgm.errors import UserError, one_line
 
 __all__ = ["ArrayPictures", "HDF5Pictures", "open_hdf5", "open_npy", "open_npz"]
 
@@ -92,7 +91,7 @@ def open_npz(path: Path) -> Source:
         NotImplementedError,
         MemoryError,
     ) as error:
-        raise UserError(f"{path}: not a readable NPZ file ({_line(error)})") from error
+        raise UserError(f"{path}: not a readable NPZ file ({one_line(error)})") from error
     return Source(path, "npz", splits, fingerprint([path]))
 
 
@@ -110,7 +109,7 @@ class HDF5Pictures(Pictures):
         try:
             return np.asarray(self.handle[self.key][index])
         except (OSError, KeyError, ValueError, RuntimeError) as error:
-            raise UnreadableError(f"{self.path}: {self.names[index]}: {_line(error)}") from error
+            raise UserError(f"{self.path}: {self.names[index]}: {one_line(error)}") from error
 
 
 def open_hdf5(path: Path) -> Source:
@@ -137,7 +136,7 @@ def open_hdf5(path: Path) -> Source:
     except UserError:
         raise
     except (OSError, KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: not a readable HDF5 file ({_line(error)})") from error
+        raise UserError(f"{path}: not a readable HDF5 file ({one_line(error)})") from error
     return Source(path, "hdf5", splits, fingerprint([path]))
 
 
@@ -202,7 +201,7 @@ def _mapped(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a readable NPY file ({_line(error)})") from error
+        raise UserError(f"{path}: not a readable NPY file ({one_line(error)})") from error
 
 
 def _header(path: Path, file: Any, name: str) -> tuple[tuple[int, ...], Any]:
@@ -217,7 +216,3 @@ def _header(path: Path, file: Any, name: str) -> tuple[tuple[int, ...], Any]:
             raise UserError(f"{path}: {name}: NPY format {version} is not read")
         shape, _, kind = read(member)
     return shape, kind
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

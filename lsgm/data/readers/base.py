@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 from lsgm.data.images import Stored
 from lsgm.errors import UserError
@@ -20,8 +20,8 @@ __all__ = [
     "Label",
     "Pictures",
     "SPLITS",
+    "SlicedPictures",
     "Source",
-    "UnreadableError",
     "fingerprint",
     "optional_library",
     "split_of",
@@ -41,10 +41,6 @@ Label = int | str | None
 """A class as the source has it: a number or a name."""
 
 SAMPLED_BYTES, SAMPLES = 1 << 16, 32
-
-
-class UnreadableError(UserError):
-    """One picture of a source cannot be read; the others may be."""
 
 
 class Pictures(ABC):
@@ -87,6 +83,36 @@ class Pictures(ABC):
         return {name: value for name, value in self.__dict__.items() if name != "_opened"}
 
 
+class SlicedPictures(Pictures):
+    """Pictures that are parts of files.
+
+    Attributes:
+        files: The files.
+        places: File, offset and length in bytes of each picture.
+    """
+
+    files: Sequence[Path]
+    places: Sequence[Sequence[int]]
+
+    def _open(self) -> dict[int, BinaryIO]:
+        return {}
+
+    def slice(self, index: int, extra: int = 0) -> bytes:
+        """The bytes of a picture, and ``extra`` ones after it.
+
+        Raises:
+            UserError: The file ends before.
+        """
+        file, offset, length = self.places[index]
+        if file not in self.handle:
+            self.handle[file] = self.files[file].open("rb")
+        self.handle[file].seek(offset)
+        data: bytes = self.handle[file].read(length + extra)
+        if len(data) < length + extra:
+            raise UserError(f"{self.files[file]}: {self.names[index]}: the file ends early")
+        return data
+
+
 @dataclass(frozen=True)
 class Source:
     """Pictures that a user has.
@@ -106,6 +132,10 @@ class Source:
     ignored: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if len(self.splits) > 1 and "train" not in self.splits:
+            raise UserError(
+                f"{self.path}: {', '.join(sorted(self.splits))}, and no train among them"
+            )
         for split, pictures in self.splits.items():
             where = str(self.path) if split == ALL else f"{self.path} ({split})"
             if not len(pictures):

@@ -16,7 +16,6 @@ from lsgm.data.readers.base import (
     ALL,
     Pictures,
     Source,
-    UnreadableError,
     fingerprint,
     optional_library,
     split_of,
@@ -48,12 +47,12 @@ class LMDBPictures(Pictures):
             value = None if found is None else bytes(found)
         where = f"{self.path}: {self.names[index]}"
         if value is None:
-            raise UnreadableError(f"{where}: is no longer there")
+            raise UserError(f"{where}: is no longer there")
         if value.startswith(MAGIC):
             return value
         side = math.isqrt(len(value) // 3)
         if len(value) != 3 * side * side or not 0 < side * side <= MAX_PIXELS:
-            raise UnreadableError(
+            raise UserError(
                 f"{where}: {len(value)} bytes are neither a picture file nor the pixels (H, W, 3) "
                 "of a square one"
             )
@@ -85,8 +84,6 @@ def open_lmdb(path: Path) -> Source:
     for split, parts in by_split.items():
         pictures = [(kind, LMDBPictures(p, _keys(p))) for kind, p in parts]
         splits[split] = pictures[0][1] if len(classes) == 1 else _Joined(pictures)
-    if len(splits) > 1 and "train" not in splits:
-        raise UserError(f"{path}: {', '.join(sorted(splits))}, and no train among them")
     files = [p / DATA if p.is_dir() else p for p in found]
     return Source(path, "lmdb", splits, fingerprint(files))
 

@@ -11,12 +11,11 @@ from lsgm.data.readers.base import (
     Label,
     Pictures,
     Source,
-    UnreadableError,
     fingerprint,
     optional_library,
     split_of,
 )
-from lsgm.errors import UserError
+from lsgm.errors import UserError, one_line
 
 __all__ = ["ParquetPictures", "open_parquet"]
 
@@ -53,7 +52,7 @@ class ParquetPictures(Pictures):
         value = self.handle[file, group][row].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
-            raise UnreadableError(
+            raise UserError(
                 f"{self.files[file]}: {self.names[index]}: holds no bytes of a picture (a path is "
                 "not followed)"
             )
@@ -66,9 +65,7 @@ class ParquetPictures(Pictures):
             with parquet.ParquetFile(self.files[file]) as table:
                 return table.read_row_group(group, columns=[self.column]).column(self.column)
         except (arrow.ArrowException, OSError) as error:
-            raise UnreadableError(
-                f"{self.files[file]}: row group {group}: {_line(error)}"
-            ) from error
+            raise UserError(f"{self.files[file]}: row group {group}: {one_line(error)}") from error
 
 
 def open_parquet(paths: Sequence[Path], root: Path) -> Source:
@@ -90,8 +87,6 @@ def open_parquet(paths: Sequence[Path], root: Path) -> Source:
         labels += found
     if len(columns) > 1:
         raise UserError(f"{root}: pictures are in the columns {' and '.join(sorted(columns))}")
-    if len(by_split) > 1 and "train" not in by_split:
-        raise UserError(f"{root}: {', '.join(sorted(by_split))}, and no train among them")
     splits = {
         split: ParquetPictures(
             paths, min(columns), places, names, None if None in labels else labels
@@ -126,7 +121,7 @@ def _rows(path: Path) -> tuple[str, list[int], list[Label]]:
             if known and arrow.types.is_integer(schema.field(known).type):
                 labels = table.read(columns=[known]).column(known).to_pylist()
     except (arrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable Parquet file ({_line(error)})") from error
+        raise UserError(f"{path}: not a readable Parquet file ({one_line(error)})") from error
     return column, groups, labels
 
 
@@ -135,7 +130,3 @@ def _holds_bytes(arrow: Any, kind: Any) -> bool:
         field = kind.get_field_index("bytes")
         return field >= 0 and _holds_bytes(arrow, kind.field(field).type)
     return bool(arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind))
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

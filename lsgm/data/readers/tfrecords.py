@@ -18,9 +18,8 @@ from lsgm.data.images import MAX_PIXELS, Stored
 from lsgm.data.readers.base import (
     ALL,
     Label,
-    Pictures,
+    SlicedPictures,
     Source,
-    UnreadableError,
     fingerprint,
     optional_library,
     split_of,
@@ -35,7 +34,7 @@ MAX_BYTES = 4 * MAX_PIXELS
 LEVEL = re.compile(r"-r(\d{2})(?=[-.])")
 
 
-class RecordPictures(Pictures):
+class RecordPictures(SlicedPictures):
     """Records by their offsets; each holds ``data`` and ``shape`` (H, W, C, as Glow has it, or
     C, H, W, as progressive GAN), or an encoded picture.
     """
@@ -53,15 +52,9 @@ class RecordPictures(Pictures):
             number = counts[file] = counts.get(file, -1) + 1
             self.names.append(f"{self.files[file].name}/{number:08d}")
 
-    def _open(self) -> dict[int, Any]:
-        return {}
-
     def read(self, index: int) -> Stored:
-        file, offset, length = self.places[index]
-        if file not in self.handle:
-            self.handle[file] = self.files[file].open("rb")
-        self.handle[file].seek(offset)
-        payload = self.handle[file].read(length + FOOTER)
+        file, _, length = self.places[index]
+        payload = self.slice(index, FOOTER)
         where = f"{self.files[file].parent}/{self.names[index]}"
         _check_crc(payload[:length], payload[length:], where)
         return _picture(_features(payload[:length], where), where)
@@ -98,8 +91,6 @@ def open_tfrecords(path: Path) -> Source:
         for offset, length, label in _records(file):
             places.append((number, offset, length))
             labels.append(label)
-    if len(by_split) > 1 and "train" not in by_split:
-        raise UserError(f"{path}: {', '.join(sorted(by_split))}, and no train among them")
     splits = {
         split: RecordPictures(files, places, None if None in labels else labels)
         for split, (places, labels) in by_split.items()
@@ -118,35 +109,31 @@ def _records(path: Path) -> Iterator[tuple[int, int, Label]]:
             header = file.read(HEADER)
             if len(header) < HEADER:
                 raise UserError(f"{where}: the file ends early")
-            _check_crc(header[:8], header[8:], where, UserError)
+            _check_crc(header[:8], header[8:], where)
             (length,) = struct.unpack("<Q", header[:8])
             if length > MAX_BYTES or offset + HEADER + length + FOOTER > size:
                 raise UserError(f"{where}: {length} bytes do not fit into the file")
             payload = file.read(length)
-            label = _features(payload, where, UserError).get("label")
+            label = _features(payload, where).get("label")
             yield offset + HEADER, length, label if type(label) is int else None
             offset += HEADER + length + FOOTER
 
 
-def _check_crc(
-    data: bytes, stored: bytes, where: str, error: type[UserError] = UnreadableError
-) -> None:
+def _check_crc(data: bytes, stored: bytes, where: str) -> None:
     crc = optional_library("crc32c", WHAT).crc32c(data)
     masked = (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
     if struct.pack("<I", masked) != stored:
-        raise error(f"{where}: the checksum is wrong; the file is damaged or no TFRecord")
+        raise UserError(f"{where}: the checksum is wrong; the file is damaged or no TFRecord")
 
 
-def _features(
-    payload: bytes, where: str, error: type[UserError] = UnreadableError
-) -> dict[str, Any]:
+def _features(payload: bytes, where: str) -> dict[str, Any]:
     """What an ``Example`` says of a picture: ``data``, ``shape`` and ``label``, where there."""
     protobuf = optional_library("google.protobuf.message", WHAT)
     example = optional_library("tfrecord.example_pb2", WHAT).Example()
     try:
         example.ParseFromString(payload)
     except protobuf.DecodeError as problem:
-        raise error(f"{where}: is no Example") from problem
+        raise UserError(f"{where}: is no Example") from problem
     found: dict[str, Any] = {}
     for key, feature in example.features.feature.items():
         values = getattr(feature, feature.WhichOneof("kind") or "bytes_list").value
@@ -162,12 +149,12 @@ def _features(
 def _picture(found: dict[str, Any], where: str) -> Stored:
     data, shape = found.get("data"), found.get("shape")
     if not isinstance(data, bytes):
-        raise UnreadableError(f"{where}: has no picture in `data`")
+        raise UserError(f"{where}: has no picture in `data`")
     if shape is None:
         return data
     whole = len(shape) == 3 and all(type(s) is int and s > 0 for s in shape)
     if not whole or shape[0] * shape[1] * shape[2] != len(data):
-        raise UnreadableError(f"{where}: {len(data)} bytes do not have the shape {shape}")
+        raise UserError(f"{where}: {len(data)} bytes do not have the shape {shape}")
     array = np.frombuffer(data, np.uint8).reshape(shape)
     channels_first = shape[0] in (1, 3) and shape[2] not in (1, 3)
     return array.transpose(1, 2, 0) if channels_first else array

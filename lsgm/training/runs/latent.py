@@ -151,7 +151,7 @@ def _with_new_prior(first: VAEModel, config: LSGMTrainConfig, run: OpenRun[Datas
     model = LSGM(first.vae, score, run.datasets.spec, first.vae_config, prior)
     if prior.drop_inactive:
         augmented = prior.inactive_mask == "training"  # as in training, as published
-        score.deactivate(scan.inactive_channels(prior.scan_images, augmented=augmented).cpu())
+        score.deactivate(scan.inactive_channels(prior.scan_images, augmented=augmented))
     return model
 
 

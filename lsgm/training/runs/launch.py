@@ -226,12 +226,13 @@ def _parameters(model: Any) -> str:
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
 
 
+SAMPLE = ("lsgm sample --run {run}", "lsgm evaluate --run {run}")
 NEXT = {
     "vae": ("lsgm train-lsgm --vae {run}",),
+    **dict.fromkeys(("lsgm", "ncsn", "score_sde"), SAMPLE),
     "classifier": ("lsgm edit class-conditional --run RUN --judge {run}",),
 }
-"""What one does with a trained model of that kind."""
-SAMPLE = ("lsgm sample --run {run}", "lsgm evaluate --run {run}")
+"""Commands that take a trained model of that kind; models of one's own are opened in Python."""
 
 
 def closing(model: Described, result: FitResult, run: RunFolder) -> str:
@@ -240,7 +241,7 @@ def closing(model: Described, result: FitResult, run: RunFolder) -> str:
     seconds = result.train_seconds
     took = f"{seconds / 60:.0f} minutes" if seconds > 120 else f"{seconds:.0f} seconds"
     lines = [f"{run.path}: trained for {took}; {', '.join(numbers[:3]) or 'not evaluated'}"]
-    lines += [f"next: {line.format(run=run.path)}" for line in NEXT.get(model.kind, SAMPLE)]
+    lines += [f"next: {line.format(run=run.path)}" for line in NEXT.get(model.kind, ())]
     return "\n".join(lines)
 
 

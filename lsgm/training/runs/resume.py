@@ -58,7 +58,7 @@ FIXED = (
 (whose state goes on) and the seed (an epoch has one order)."""
 
 
-FREE = ("data.root", "data.num_workers", "classifier.label_smoothing")
+FREE = ("data.root", "data.cache", "data.num_workers", "classifier.label_smoothing")
 """Exceptions to FIXED."""
 
 

@@ -151,19 +151,20 @@ class LatentScan:
             json_text([*what, SEED, len(self.datasets.train), self._weights()]).encode()
         ).hexdigest()
 
-        def stored() -> Any:
+        def stored() -> dict[str, Any]:
             try:
-                return json.loads(self.path.read_bytes())[key]
-            except (OSError, ValueError, KeyError, TypeError):
-                return None
+                values = json.loads(self.path.read_bytes())
+            except (OSError, ValueError):
+                return {}
+            return values if isinstance(values, dict) else {}
 
-        found = on_main(self.world, stored)
+        found = on_main(self.world, lambda: stored().get(key))
         if found is None:
             found = measure()
 
             def keep() -> None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                atomic_write_json(self.path, {key: found})
+                atomic_write_json(self.path, {**stored(), key: found})
 
             on_main(self.world, keep)
         return found
