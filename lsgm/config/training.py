@@ -186,6 +186,9 @@ class TrainConfig:
     """Channels-last memory layout: faster, same result."""
     compile: bool = False
     """torch.compile the networks."""
+    cuda_graphs: bool = False
+    """CUDA, one process: start the networks' kernels as CUDA graphs. Small models, whose steps wait
+    for the CPU, train faster; same result."""
     log_every: int = 50
     """Steps between two lines of metrics."""
     eval_every: int = 10
@@ -218,6 +221,11 @@ class TrainConfig:
             self.batch_size % self.accumulate == 0,
             f"batch_size: {self.batch_size} is not a multiple of accumulate {self.accumulate}",
         )
+        require(
+            not self.cuda_graphs or self.accumulate == 1,
+            f"cuda_graphs: needs accumulate 1, not {self.accumulate}",
+        )
+        require(not (self.cuda_graphs and self.compile), "cuda_graphs: needs compile false")
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,11 @@ class _Trainer:
                 f"train.batch_size: {config.batch_size} is not a multiple of {world.size} "
                 f"process(es) x train.accumulate {config.accumulate}"
             )
+        if config.cuda_graphs and (world.device.type != "cuda" or world.size > 1):
+            raise UserError(
+                f"train.cuda_graphs: needs one process on a CUDA device, not {world.size} on "
+                f"{world.device.type}"
+            )
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self.batches = batches
@@ -144,6 +149,7 @@ class _Trainer:
             precision=config.precision,
             shared_noise=config.shared_noise,
             channels_last=config.channels_last,
+            cuda_graphs=config.cuda_graphs,
         )
         self.checkpoints = Checkpoints(run.checkpoints, config.keep_checkpoints)
         self.logger = RunLogger(run, self.state.total_steps, enabled=world.is_main)

@@ -30,8 +30,11 @@ _INITIAL_SCALE = 2.0**10
 _BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16")
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Context in which networks compute in `precision` ("float32", "bf16" or "fp16").
+def autocast(
+    device: torch.device, precision: str, *, cache: bool = True
+) -> AbstractContextManager[object]:
+    """Context in which networks compute in `precision` ("float32", "bf16" or "fp16"); `cache`: keep
+    what weights become in it until its end.
 
     Raises:
         ValueError: If there is no such precision.
@@ -39,7 +42,9 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     if precision not in AUTOCAST_DTYPES:
         raise ValueError(f"no precision {precision!r}; there are {', '.join(AUTOCAST_DTYPES)}")
     dtype = AUTOCAST_DTYPES[precision]
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype, cache_enabled=cache)
 
 
 def make_scaler(device: torch.device, precision: str) -> GradScaler:

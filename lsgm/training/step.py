@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lsgm.data.spec import LabelledImages, map_batch
 from lsgm.training.distributed import World, all_max
+from lsgm.training.graphs import GraphedParts, graphable_parts
 from lsgm.training.interrupt import StopSignal
 from lsgm.training.precision import autocast
 from lsgm.training.state import StepContext, StepOutput, TrainState
@@ -65,6 +66,7 @@ class Step:
         precision: Of the networks: float32, bf16 or fp16.
         shared_noise: Same noise however many processes share the batch.
         channels_last: Memory layout of images.
+        cuda_graphs: Replay the parts of the networks as CUDA graphs, captured at the first step.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Step:
         precision: str = "float32",
         shared_noise: bool = True,
         channels_last: bool = False,
+        cuda_graphs: bool = False,
     ) -> None:
         self.state = state
         self.forward = forward
@@ -89,6 +92,8 @@ class Step:
         self.buffers = _BufferCopy(state.stage)
         self.generator = torch.Generator(world.device)
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.cuda_graphs = cuda_graphs
+        self.graphs: GraphedParts | None = None
 
     def __call__(
         self, images: Tensor | LabelledImages, stop: StopSignal | None = None
@@ -100,7 +105,10 @@ class Step:
         self.buffers.keep()
         rates = state.set_learning_rates()
         images = map_batch(self._to_device, images)
-        outputs = [self._backward(images, part) for part in range(self.accumulate)]
+        if self.cuda_graphs and self.graphs is None:
+            self.graphs = self._capture(images)
+        with self.graphs.installed() if self.graphs is not None else contextlib.nullcontext():
+            outputs = [self._backward(images, part) for part in range(self.accumulate)]
         applied, stop_anywhere, norms = self._check(outputs, stop)
         fault = ""
         if applied:
@@ -126,15 +134,35 @@ class Step:
             x = x.pin_memory()
         return x.to(self.world.device, non_blocking=True)
 
+    def _part(self, images: Tensor | LabelledImages, part: int) -> Tensor | LabelledImages:
+        def take(x: Tensor) -> Tensor:
+            # Every so-manyth image, so that a part is the same whatever the number of processes.
+            layout = self.layout if x.ndim == 4 else torch.contiguous_format
+            return x[part :: self.accumulate].contiguous(memory_format=layout)
+
+        return map_batch(take, images)
+
+    def _capture(self, images: Tensor | LabelledImages) -> GraphedParts:
+        """Capture graphs for batches like this one; statistics and random states stay as they were
+        at the start of the step.
+        """
+        state = self.state
+
+        def forward() -> None:
+            context = StepContext(state.position, state.end, self._rng(0))
+            with autocast(self.world.device, self.precision):
+                state.stage(self._part(images, 0), context)
+
+        parts = graphable_parts(state.stage.trainables(), forward)
+        with autocast(self.world.device, self.precision, cache=False):
+            graphs = GraphedParts(parts)
+        self.buffers.restore()
+        self._seed_global(state.step)
+        return graphs
+
     def _backward(self, images: Tensor | LabelledImages, part: int) -> StepOutput:
         parts, state = self.accumulate, self.state
-
-        def take(x: Tensor) -> Tensor:
-            # Every parts-th image, so that a part is the same whatever the number of processes.
-            layout = self.layout if x.ndim == 4 else torch.contiguous_format
-            return x[part::parts].contiguous(memory_format=layout)
-
-        images = map_batch(take, images)
+        images = self._part(images, part)
         sharing = self.forward is not state.stage
         with contextlib.ExitStack() as stack:
             if sharing and part < parts - 1:
