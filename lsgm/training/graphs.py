@@ -96,6 +96,8 @@ class GraphedParts:
         modules, inputs = tuple(p.module for p in parts), tuple(p.inputs for p in parts)
         if not parts:
             return
+        # the capture's stream is another; the engine orders the two
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         torch.cuda.make_graphed_callables(modules, inputs, allow_unused_input=True)
         for module in modules:
             self._forwards[module] = module.__dict__.pop("forward")
