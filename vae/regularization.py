@@ -75,15 +75,16 @@ class SpectralNormRegularizer:
         """
         count = iterations or (FIRST_ITERATIONS if self.fresh else ITERATIONS)
         self.fresh = False
-        total = torch.zeros(())
+        values = []
         for shape, layers in self.stacks.items():
             # Half precision would spoil the vectors.
             with torch.autocast(layers[0].weight.device.type, enabled=False):
-                matrices = torch.stack([_kernel(layer).flatten(1) for layer in layers])
-                u, v = _power_iteration(self.u[shape].to(matrices), matrices.detach(), count)
+                kernels = [_kernel(layer).flatten(1) for layer in layers]
+                u, v = _power_iteration(self.u[shape].to(kernels[0]), kernels, count)
                 self.u[shape] = u
-                total = total.to(matrices) + torch.einsum("nr,nrc,nc->", u, matrices, v)
-        return total
+                # One by one: the stack of all kernels would be kept for the backward pass.
+                values += [torch.dot(u[i], kernel @ v[i]) for i, kernel in enumerate(kernels)]
+        return torch.stack(values).sum() if values else torch.zeros(())
 
     def state_dict(self) -> dict[str, Any]:
         """The vectors: ``"u"`` maps ``"rows x columns"`` to (n, rows)."""
@@ -109,8 +110,8 @@ def _kernel(layer: Convolution) -> Tensor:
 
 
 @torch.no_grad()
-def _power_iteration(u: Tensor, matrices: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    v = u
+def _power_iteration(u: Tensor, kernels: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
+    matrices, v = torch.stack(kernels), u
     for _ in range(count):
         v = _normalize(torch.bmm(u[:, None], matrices)[:, 0])
         u = _normalize(torch.bmm(matrices, v[:, :, None])[:, :, 0])

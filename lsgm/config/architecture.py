@@ -153,6 +153,8 @@ class PriorNetworkConfig:
     group_rule: Literal["width", "diffusers"] = "width"
     """norm_groups None: diffusers: at levels with attention and less than 128 channels that
     package's other numbers of groups."""
+    activation_checkpointing: bool = False
+    """Recompute blocks in the backward pass: less memory, more time, same result."""
 
     def __post_init__(self) -> None:
         require_positive(

@@ -11,11 +11,13 @@ not divided by ``sigma`` and it is conditioned on ``t``, not on ``ln sigma``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lsgm.networks.embeddings import TimeEmbedding
 from lsgm.networks.layers import (
@@ -151,8 +153,19 @@ class OutputResidual(nn.Module):
         state.pyramid = state.h = (self.resample(state.pyramid) + state.h) * HALF_SQRT
 
 
+def _run(recompute: bool, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``function(*inputs)``; with ``recompute`` its activations are computed again in the backward
+    pass, with the same dropout, instead of being kept.
+    """
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(function, *inputs, use_reentrant=False)
+    return function(*inputs)
+
+
 class DownLevel(nn.Module):
-    """One resolution of the encoder: blocks with attention, then the step down."""
+    """One resolution of the encoder: blocks with attention, then the step down. ``checkpointing``:
+    each block is recomputed in the backward pass.
+    """
 
     def __init__(
         self,
@@ -160,28 +173,35 @@ class DownLevel(nn.Module):
         attentions: Sequence[AttentionBlock],
         downsample: nn.Module | None,
         pyramid: nn.Module | None,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.attentions = nn.ModuleList(attentions)
         self.downsample = downsample
         self.pyramid = pyramid
+        self.checkpointing = checkpointing
+
+    def _block(self, i: int, x: Tensor, time: Tensor) -> Tensor:
+        h = self.blocks[i](x, time)
+        return self.attentions[i](h) if self.attentions else h
 
     def forward(self, state: _State) -> None:
-        for i, block in enumerate(self.blocks):
-            state.h = block(state.h, state.time)
-            if self.attentions:
-                state.h = self.attentions[i](state.h)
+        for i in range(len(self.blocks)):
+            block = partial(self._block, i)
+            state.h = _run(self.checkpointing, block, state.h, state.time)
             state.skips.append(state.h)
         if self.downsample is not None:
-            state.h = self.downsample(state.h, state.time)
+            state.h = _run(self.checkpointing, self.downsample, state.h, state.time)
             if self.pyramid is not None:
                 self.pyramid(state)
             state.skips.append(state.h)
 
 
 class UpLevel(nn.Module):
-    """One resolution of the decoder: blocks that each consume a skip, then the step up."""
+    """One resolution of the decoder: blocks that each consume a skip, then the step up.
+    ``checkpointing`` as in the encoder.
+    """
 
     def __init__(
         self,
@@ -190,6 +210,7 @@ class UpLevel(nn.Module):
         pyramid: nn.Module | None,
         upsample: nn.Module | None,
         attentions: Sequence[AttentionBlock] = (),
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
@@ -197,18 +218,22 @@ class UpLevel(nn.Module):
         self.attentions = nn.ModuleList(attentions)
         self.pyramid = pyramid
         self.upsample = upsample
+        self.checkpointing = checkpointing
+
+    def _block(self, i: int, x: Tensor, skip: Tensor, time: Tensor) -> Tensor:
+        h = self.blocks[i](torch.cat([x, skip], dim=1), time)
+        return self.attentions[i](h) if self.attentions else h
 
     def forward(self, state: _State) -> None:
-        for i, block in enumerate(self.blocks):
-            state.h = block(torch.cat([state.h, state.skips.pop()], dim=1), state.time)
-            if self.attentions:
-                state.h = self.attentions[i](state.h)
+        for i in range(len(self.blocks)):
+            block, skip = partial(self._block, i), state.skips.pop()
+            state.h = _run(self.checkpointing, block, state.h, skip, state.time)
         if self.attention is not None:
-            state.h = self.attention(state.h)
+            state.h = _run(self.checkpointing, self.attention, state.h)
         if self.pyramid is not None:
             self.pyramid(state)
         if self.upsample is not None:
-            state.h = self.upsample(state.h, state.time)
+            state.h = _run(self.checkpointing, self.upsample, state.h, state.time)
 
 
 class NCSNpp(nn.Module):
@@ -246,6 +271,8 @@ class NCSNpp(nn.Module):
             ``"block"``: after each of them, as in the first DDPM.
         group_rule: ``"diffusers"``: the groups of that package, which at levels with attention and
             less than 128 channels are others (32 before attention).
+        activation_checkpointing: recompute blocks in the backward pass: less memory, more time,
+            same result.
 
     Raises:
         ValueError: an unknown option or sizes that do not fit.
@@ -278,6 +305,7 @@ class NCSNpp(nn.Module):
         up_attention: str = "level",
         group_rule: str = "width",
         widths: Sequence[int] | None = None,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         mult = (1,) * num_scales if channel_mult is None else tuple(channel_mult)[:num_scales]
@@ -293,6 +321,7 @@ class NCSNpp(nn.Module):
             ("group_rule", group_rule, GROUP_RULES),
         )
         self.channels, self.resolution = channels, resolution
+        self.checkpointing = activation_checkpointing
         widths = [num_channels * m for m in mult] if widths is None else list(widths)
         shorter = check_halvings(resolution, num_scales - 1)
         sides = [shorter >> i for i in range(num_scales)]
@@ -354,7 +383,7 @@ class NCSNpp(nn.Module):
                     pyramid = InputResidual(pyramid_width, width, fir)
                     pyramid_width = width
                 skip_widths.append(width)
-            self.down.append(DownLevel(blocks, attentions, downsample, pyramid))
+            self.down.append(DownLevel(blocks, attentions, downsample, pyramid, self.checkpointing))
 
         self.middle_in = unit(width, width)
         self.middle_attention = AttentionBlock(width, style) if middle_attention else None
@@ -382,7 +411,7 @@ class NCSNpp(nn.Module):
                 pyramid = OutputResidual(pyramid_width, width, fir)
             pyramid_width = width
             upsample = step(width, "up") if level else None
-            self.up.append(UpLevel(blocks, attention, pyramid, upsample, each))
+            self.up.append(UpLevel(blocks, attention, pyramid, upsample, each, self.checkpointing))
         self.head = (
             None
             if progressive == "output_skip"
@@ -403,13 +432,16 @@ class NCSNpp(nn.Module):
         state.skips.append(state.h)
         for level in self.down:
             level(state)
-        state.h = self.middle_in(state.h, state.time)
-        if self.middle_attention is not None:
-            state.h = self.middle_attention(state.h)
-        state.h = self.middle_out(state.h, state.time)
+        state.h = _run(self.checkpointing, self._middle, state.h, state.time)
         for level in self.up:
             level(state)
         return state.pyramid if self.head is None else self.head(state.h)
+
+    def _middle(self, h: Tensor, time: Tensor) -> Tensor:
+        h = self.middle_in(h, time)
+        if self.middle_attention is not None:
+            h = self.middle_attention(h)
+        return self.middle_out(h, time)
 
 
 def _check_groups(groups: int | None, widths: Sequence[int]) -> None:

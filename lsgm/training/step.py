@@ -92,6 +92,9 @@ class Step:
         self.buffers = _BufferCopy(state.stage)
         self.generator = torch.Generator(world.device)
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        # A cached half-precision copy of every weight would stay until the end of the step; without
+        # recomputation the backward pass needs it anyway.
+        self.cache = not any(getattr(m, "checkpointing", False) for m in state.stage.modules())
         self.cuda_graphs = cuda_graphs
         self.graphs: GraphedParts | None = None
 
@@ -167,7 +170,7 @@ class Step:
         with contextlib.ExitStack() as stack:
             if sharing and part < parts - 1:
                 stack.enter_context(self.forward.no_sync())  # type: ignore[operator]
-            with autocast(self.world.device, self.precision):
+            with autocast(self.world.device, self.precision, cache=self.cache):
                 scale = state.scaler.scale(torch.ones((), device=self.world.device))
                 context = StepContext(state.position, state.end, self._rng(part), scale)
                 output: StepOutput = self.forward(images, context)
