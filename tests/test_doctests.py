@@ -18,7 +18,7 @@ PUBLIC = """
     lsgm.objectives lsgm.path_bound lsgm.score lsgm.score_matching lsgm.tensors lsgm.times
     lsgm.weighting
     lsgm.networks.classifier lsgm.networks.data_score lsgm.networks.embeddings lsgm.networks.ncsn
-    lsgm.networks.ncsnpp lsgm.networks.resample
+    lsgm.networks.levels lsgm.networks.ncsnpp lsgm.networks.resample
     lsgm.solvers lsgm.solvers.base lsgm.solvers.ddpm lsgm.solvers.discrete lsgm.solvers.exponential
     lsgm.solvers.grids lsgm.solvers.langevin lsgm.solvers.normal_reference lsgm.solvers.ode
     lsgm.solvers.pilot lsgm.solvers.predictor_corrector lsgm.solvers.stochastic

@@ -279,3 +279,30 @@ def test_dropout_only_in_training() -> None:
 def test_mistakes(options: dict[str, object], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         small(**options)
+
+
+@pytest.mark.parametrize("block", ["biggan", "ddpm"])
+def test_activation_checkpointing_gives_the_same_gradients_from_less_memory(block: str) -> None:
+    """Dropout included: the recomputation draws what the forward pass drew."""
+    options = {"block": block, "dropout": 0.3, "attention_resolutions": (8,), "fir": True}
+    found = {}
+    for recompute in (False, True):
+        net = awake(small(**options, activation_checkpointing=recompute)).double().train()
+        rng = torch.Generator().manual_seed(2)
+        x = torch.randn(3, 6, 8, 8, generator=rng, dtype=torch.float64).requires_grad_()
+        kept: dict[int, int] = {}
+
+        def keep(saved: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            kept[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
+            return saved
+
+        torch.manual_seed(3)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+            out = net(x, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
+            size = sum(kept.values()) - sum(p.nbytes for p in net.parameters())
+        out.square().sum().backward()
+        found[recompute] = [out.detach(), x.grad, *(p.grad for p in net.parameters())]
+        found[recompute, "bytes"] = size
+    for plain, recomputed in zip(found[False], found[True], strict=True):
+        assert torch.allclose(plain, recomputed, rtol=1e-12, atol=1e-12)
+    assert found[True, "bytes"] < 0.5 * found[False, "bytes"]

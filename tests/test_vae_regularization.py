@@ -96,3 +96,26 @@ def test_named_layers_may_be_plain_convolutions() -> None:
     assert regularizer(500).item() == pytest.approx(exact, rel=1e-4)
     regularizer().backward()
     assert net["b"].weight.grad is None and net["a"].weight.grad.abs().max() > 0
+
+
+def test_keeps_no_copy_of_the_kernels_for_the_backward_pass() -> None:
+    """The gradient of ``u^T W v`` to ``W`` needs the vectors alone."""
+    net = nn.ModuleDict({"a": nn.Conv2d(8, 16, 3), "b": nn.Conv2d(8, 16, 3)})
+    regularizer = SpectralNormRegularizer(dict(net.items()))
+    regularizer()  # has more iterations
+    kept: list[int] = []
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept.append(x.untyped_storage().nbytes())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        total = regularizer()
+    assert kept and max(kept) < net["a"].weight.nbytes
+    total.backward()
+    for i, layer in enumerate(net.values()):
+        u = regularizer.u[(16, 72)][i]
+        v = layer.weight.detach().flatten(1).T @ u
+        found = layer.weight.grad.flatten(1)
+        expected = torch.outer(u, v / v.norm())
+        assert torch.allclose(found, expected, atol=0.02)  # few iterations: v is one step behind u

@@ -27,7 +27,7 @@ from lsgm.system.allocator import keep_freed_memory
 from lsgm.system.device import choose_device
 from lsgm.system.processes import in_fresh_process
 from lsgm.training.optimizers import make_optimizer
-from lsgm.training.precision import autocast, make_scaler
+from lsgm.training.precision import autocast, caches_casts, make_scaler
 from lsgm.training.stages.latent import LSGMStage, VAEStage
 from lsgm.training.state import Stage, StepContext
 
@@ -98,10 +98,11 @@ def training_step(
         for key, module in stage.trainables().items()
     ]
     scaler = make_scaler(device, precision)
+    cache = caches_casts(stage)
 
     def step(number: int) -> None:
         rng = torch.Generator().manual_seed(number)
-        with autocast(device, precision):
+        with autocast(device, precision, cache=cache):
             loss = stage(data, StepContext(step=number, total_steps=1000, rng=rng)).loss
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)

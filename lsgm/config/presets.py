@@ -91,7 +91,7 @@ class _Size:
 
 
 _SIZES = {
-    "small": _Size(24, 96, 4, 12, 160_000, (96, 2), 64),
+    "small": _Size(24, 96, 4, 12, 100_000, (96, 2), 64),
     "medium": _Size(64, 256, 10, 12, 8_000_000, (256, 4), 128),
 }
 _LARGE = {
@@ -102,6 +102,8 @@ _LARGE = {
 """Published configurations, for binary data, sides below 128, and others."""
 TOP_SIDE = 8
 FEWEST_IMAGES = 8_000
+KL_BETWEEN_STAGES = 0.7
+"""The KL's coefficient at which the first stage ends and the second begins."""
 
 
 def _halvings(facts: DataFacts) -> int:
@@ -186,7 +188,9 @@ def vae_preset(
             decoder_dist=_decoder(name, facts),
         ),
         objective=ObjectiveConfig(
-            kl_anneal_portion=0.25, kl_const_coeff=0.1, spectral_regularization=0.0
+            # the second stage's prior takes what 0.7 leaves of the latents beyond N(0, I)
+            kl_anneal_portion=0.25, kl_const_coeff=0.1, kl_max_coeff=KL_BETWEEN_STAGES,
+            spectral_regularization=0.0,
         ),
         optim_vae=OptimConfig(
             optimizer="adamax", lr=1e-2, lr_min=1e-4, warmup_steps=_warmup(train, facts),
@@ -228,7 +232,7 @@ def lsgm_preset(
             attention_resolutions=() if name == "small" else (8,),
         ),
         sde=SDEConfig(kind="vpsde", time_eps=1e-2),
-        # short trainings: a correction starts at N(0, I) whatever the mixing, and learns at once
+        # a correction starts at N(0, I) whatever the mixing
         predict="correction",
         mixing_init=-1.0,
         weighting_p="likelihood",
@@ -240,7 +244,7 @@ def lsgm_preset(
         data=data,
         prior=prior,
         objective=ObjectiveConfig(
-            kl_const_portion=0.0, kl_const_coeff=0.7, kl_anneal_portion=0.3, kl_balance=False,
+            kl_const_portion=0.0, kl_const_coeff=KL_BETWEEN_STAGES, kl_anneal_portion=0.3, kl_balance=False,
             spectral_regularization=0.0,
         ),
         optim_vae=OptimConfig(

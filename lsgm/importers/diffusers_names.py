@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lsgm.networks.layers import AttentionBlock, ResidualBlock
-from lsgm.networks.ncsnpp import DownLevel, NCSNpp, OutputSkip, UpLevel
+from lsgm.networks.levels import DownLevel, OutputSkip, UpLevel
+from lsgm.networks.ncsnpp import NCSNpp
 
 __all__ = ["Link", "links", "published_unet_weights", "unet_weights"]
 

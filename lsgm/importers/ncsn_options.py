@@ -43,7 +43,9 @@ FIRST_STEP, FIRST_STEPS_EACH = 2e-5, 100
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Python objects as mappings of their attributes, anything else that is no value as None."""
+    """Builds no Python objects (it is PyYAML's safe loader): those that a file names become
+    mappings of their attributes, anything else that is no value None.
+    """
 
 
 def _plain(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:

@@ -16,18 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from lsgm.networks.layers import AttentionBlock, GroupNormSiLU, ResidualBlock
-from lsgm.networks.ncsnpp import (
+from lsgm.networks.levels import (
     ConvStep,
     DownLevel,
     InputResidual,
     InputSkip,
-    NCSNpp,
     NormConv,
     OutputResidual,
     OutputResidualStart,
     OutputSkip,
     UpLevel,
 )
+from lsgm.networks.ncsnpp import NCSNpp
 from lsgm.networks.resample import (
     ConvDownsample,
     ConvUpsample,

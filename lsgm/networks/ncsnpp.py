@@ -11,28 +11,37 @@ not divided by ``sigma`` and it is conditioned on ``t``, not on ``ln sigma``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lsgm.networks.embeddings import TimeEmbedding
 from lsgm.networks.layers import (
-    HALF_SQRT,
     TINY_SCALE,
     AttentionBlock,
     BlockStyle,
-    GroupNormSiLU,
     ResidualBlock,
     Resolution,
     check_halvings,
     conv,
     require_scales,
 )
-from lsgm.networks.resample import make_conv_resampler, make_resampler
+from lsgm.networks.levels import (
+    ConvStep,
+    DownLevel,
+    Features,
+    InputResidual,
+    InputSkip,
+    NormConv,
+    OutputResidual,
+    OutputResidualStart,
+    OutputSkip,
+    UpLevel,
+    run_block,
+)
+from lsgm.networks.resample import make_resampler
 
 __all__ = [
     "BLOCKS",
@@ -41,10 +50,7 @@ __all__ = [
     "PROGRESSIVE_COMBINE",
     "PROGRESSIVE_INPUT",
     "UP_ATTENTION",
-    "ConvStep",
-    "DownLevel",
     "NCSNpp",
-    "UpLevel",
 ]
 
 PROGRESSIVE = ("none", "output_skip", "residual")
@@ -53,187 +59,6 @@ PROGRESSIVE_COMBINE = ("sum", "cat")
 BLOCKS = ("biggan", "ddpm")
 UP_ATTENTION = ("level", "block")
 GROUP_RULES = ("width", "diffusers")
-
-
-@dataclass
-class _State:
-    """What travels through the network: features, image pyramid, skips yet to be consumed."""
-
-    h: Tensor
-    time: Tensor
-    pyramid: Tensor
-    skips: list[Tensor] = field(default_factory=list)
-
-
-class NormConv(nn.Module):
-    """``conv3x3(silu(group_norm(x)))``, the network's head and the heads of the output pyramid."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, scale: float, groups: int | None = None
-    ) -> None:
-        super().__init__()
-        self.norm = GroupNormSiLU(in_channels, groups)
-        self.conv = conv(in_channels, out_channels, scale=scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(self.norm(x))
-
-
-class ConvStep(nn.Module):
-    """Step to another resolution by a learned convolution, in DDPM's place of a residual block."""
-
-    def __init__(self, width: int, direction: str, fir: bool) -> None:
-        super().__init__()
-        self.resample = make_conv_resampler(direction, fir, width, width)
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        return self.resample(x)
-
-
-class InputSkip(nn.Module):
-    """Input pyramid: the resampled input joins the features by sum or concatenation."""
-
-    def __init__(self, in_channels: int, width: int, fir: bool, combine: str) -> None:
-        super().__init__()
-        self.resample = make_resampler("down", fir)
-        self.conv = conv(in_channels, width, 1)
-        self.concatenate = combine == "cat"
-
-    def forward(self, state: _State) -> None:
-        state.pyramid = self.resample(state.pyramid)
-        joined = self.conv(state.pyramid)
-        state.h = torch.cat([joined, state.h], dim=1) if self.concatenate else joined + state.h
-
-
-class InputResidual(nn.Module):
-    """Input pyramid with a learned downsampling, which carries the features on."""
-
-    def __init__(self, in_channels: int, width: int, fir: bool) -> None:
-        super().__init__()
-        self.resample = make_conv_resampler("down", fir, in_channels, width)
-
-    def forward(self, state: _State) -> None:
-        state.pyramid = state.h = (self.resample(state.pyramid) + state.h) * HALF_SQRT
-
-
-class OutputSkip(nn.Module):
-    """Output pyramid: every level adds an image to the upsampled sum of those below it."""
-
-    def __init__(
-        self, width: int, out_channels: int, fir: bool, lowest: bool, groups: int | None = None
-    ) -> None:
-        super().__init__()
-        self.resample = None if lowest else make_resampler("up", fir)
-        self.head = NormConv(width, out_channels, TINY_SCALE, groups)
-
-    def forward(self, state: _State) -> None:
-        image = self.head(state.h)
-        state.pyramid = image if self.resample is None else self.resample(state.pyramid) + image
-
-
-class OutputResidualStart(nn.Module):
-    """Lowest level of the residual output pyramid."""
-
-    def __init__(self, width: int, groups: int | None = None) -> None:
-        super().__init__()
-        self.head = NormConv(width, width, 1.0, groups)
-
-    def forward(self, state: _State) -> None:
-        state.pyramid = self.head(state.h)
-
-
-class OutputResidual(nn.Module):
-    """Other levels of the residual output pyramid, which carries the features on."""
-
-    def __init__(self, in_channels: int, width: int, fir: bool) -> None:
-        super().__init__()
-        self.resample = make_conv_resampler("up", fir, in_channels, width)
-
-    def forward(self, state: _State) -> None:
-        state.pyramid = state.h = (self.resample(state.pyramid) + state.h) * HALF_SQRT
-
-
-def _run(recompute: bool, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """``function(*inputs)``; with ``recompute`` its activations are computed again in the backward
-    pass, with the same dropout, instead of being kept.
-    """
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(function, *inputs, use_reentrant=False)
-    return function(*inputs)
-
-
-class DownLevel(nn.Module):
-    """One resolution of the encoder: blocks with attention, then the step down. ``checkpointing``:
-    each block is recomputed in the backward pass.
-    """
-
-    def __init__(
-        self,
-        blocks: Sequence[ResidualBlock],
-        attentions: Sequence[AttentionBlock],
-        downsample: nn.Module | None,
-        pyramid: nn.Module | None,
-        checkpointing: bool = False,
-    ) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.attentions = nn.ModuleList(attentions)
-        self.downsample = downsample
-        self.pyramid = pyramid
-        self.checkpointing = checkpointing
-
-    def _block(self, i: int, x: Tensor, time: Tensor) -> Tensor:
-        h = self.blocks[i](x, time)
-        return self.attentions[i](h) if self.attentions else h
-
-    def forward(self, state: _State) -> None:
-        for i in range(len(self.blocks)):
-            block = partial(self._block, i)
-            state.h = _run(self.checkpointing, block, state.h, state.time)
-            state.skips.append(state.h)
-        if self.downsample is not None:
-            state.h = _run(self.checkpointing, self.downsample, state.h, state.time)
-            if self.pyramid is not None:
-                self.pyramid(state)
-            state.skips.append(state.h)
-
-
-class UpLevel(nn.Module):
-    """One resolution of the decoder: blocks that each consume a skip, then the step up.
-    ``checkpointing`` as in the encoder.
-    """
-
-    def __init__(
-        self,
-        blocks: Sequence[ResidualBlock],
-        attention: AttentionBlock | None,
-        pyramid: nn.Module | None,
-        upsample: nn.Module | None,
-        attentions: Sequence[AttentionBlock] = (),
-        checkpointing: bool = False,
-    ) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.attention = attention
-        self.attentions = nn.ModuleList(attentions)
-        self.pyramid = pyramid
-        self.upsample = upsample
-        self.checkpointing = checkpointing
-
-    def _block(self, i: int, x: Tensor, skip: Tensor, time: Tensor) -> Tensor:
-        h = self.blocks[i](torch.cat([x, skip], dim=1), time)
-        return self.attentions[i](h) if self.attentions else h
-
-    def forward(self, state: _State) -> None:
-        for i in range(len(self.blocks)):
-            block, skip = partial(self._block, i), state.skips.pop()
-            state.h = _run(self.checkpointing, block, state.h, skip, state.time)
-        if self.attention is not None:
-            state.h = _run(self.checkpointing, self.attention, state.h)
-        if self.pyramid is not None:
-            self.pyramid(state)
-        if self.upsample is not None:
-            state.h = _run(self.checkpointing, self.upsample, state.h, state.time)
 
 
 class NCSNpp(nn.Module):
@@ -428,11 +253,11 @@ class NCSNpp(nn.Module):
             if labels is None:
                 labels = torch.full((len(x),), self.num_classes, device=x.device)
             time = time + self.classes(labels)
-        state = _State(self.conv_in(x), time, pyramid=x)
+        state = Features(self.conv_in(x), time, pyramid=x)
         state.skips.append(state.h)
         for level in self.down:
             level(state)
-        state.h = _run(self.checkpointing, self._middle, state.h, state.time)
+        state.h = run_block(self.checkpointing, self._middle, state.h, state.time)
         for level in self.up:
             level(state)
         return state.pyramid if self.head is None else self.head(state.h)

@@ -91,7 +91,6 @@ class GraphedParts:
     """
 
     def __init__(self, parts: tuple[Part, ...]) -> None:
-        self.parts = parts
         self._forwards: dict[nn.Module, Callable[..., Any]] = {}
         modules, inputs = tuple(p.module for p in parts), tuple(p.inputs for p in parts)
         if not parts:

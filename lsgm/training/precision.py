@@ -7,11 +7,13 @@ from contextlib import AbstractContextManager
 from typing import Literal, TypeAlias
 
 import torch
+from torch import nn
 from torch.amp import GradScaler
 
 __all__ = [
     "AUTOCAST_DTYPES",
     "autocast",
+    "caches_casts",
     "computes_bf16",
     "make_scaler",
     "usable_precision",
@@ -45,6 +47,13 @@ def autocast(
     if dtype is None:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype, cache_enabled=cache)
+
+
+def caches_casts(module: nn.Module) -> bool:
+    """Whether a training step of `module` gains by keeping half-precision copies of its weights:
+    not where activations are recomputed (`checkpointing`), as the backward pass casts anew there.
+    """
+    return not any(getattr(part, "checkpointing", False) for part in module.modules())
 
 
 def make_scaler(device: torch.device, precision: str) -> GradScaler:

@@ -21,7 +21,7 @@ from lsgm.data.spec import LabelledImages, map_batch
 from lsgm.training.distributed import World, all_max
 from lsgm.training.graphs import GraphedParts, graphable_parts
 from lsgm.training.interrupt import StopSignal
-from lsgm.training.precision import autocast
+from lsgm.training.precision import autocast, caches_casts
 from lsgm.training.state import StepContext, StepOutput, TrainState
 from vae.random import Rng, ShardedGenerator
 
@@ -92,9 +92,7 @@ class Step:
         self.buffers = _BufferCopy(state.stage)
         self.generator = torch.Generator(world.device)
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
-        # A cached half-precision copy of every weight would stay until the end of the step; without
-        # recomputation the backward pass needs it anyway.
-        self.cache = not any(getattr(m, "checkpointing", False) for m in state.stage.modules())
+        self.cache = caches_casts(state.stage)
         self.cuda_graphs = cuda_graphs
         self.graphs: GraphedParts | None = None
 
