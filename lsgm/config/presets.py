@@ -244,8 +244,8 @@ def lsgm_preset(
         data=data,
         prior=prior,
         objective=ObjectiveConfig(
-            kl_const_portion=0.0, kl_const_coeff=KL_BETWEEN_STAGES, kl_anneal_portion=0.3, kl_balance=False,
-            spectral_regularization=0.0,
+            kl_const_portion=0.0, kl_const_coeff=KL_BETWEEN_STAGES, kl_anneal_portion=0.3,
+            kl_balance=False, spectral_regularization=0.0,
         ),
         optim_vae=OptimConfig(
             optimizer="adamax", lr=3e-3, lr_min=1e-5, warmup_steps=warmup, clip_norm=200.0,
