@@ -8,6 +8,7 @@ from lsgm.benchmark.data import data_command
 from lsgm.benchmark.few_step import few_step_command
 from lsgm.benchmark.few_step_images import few_step_images_command
 from lsgm.benchmark.joint import joint_command
+from lsgm.benchmark.memory import memory_command
 from lsgm.benchmark.training import train_command
 from lsgm.benchmark.vae import vae_command
 from lsgm.benchmark.variance import variance_command
@@ -19,6 +20,7 @@ COMMANDS: dict[str, Callable[[Sequence[str], str], None]] = {
     "few-step": few_step_command,
     "few-step-images": few_step_images_command,
     "joint": joint_command,
+    "memory": memory_command,
     "train": train_command,
     "vae": vae_command,
     "variance": variance_command,
