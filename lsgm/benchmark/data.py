@@ -91,6 +91,16 @@ def _reading(dataset: ImageDataset, batches: int) -> float:
     return batches * BATCH / (time.perf_counter() - began)
 
 
+def _writing(path: Path, size: int) -> float:
+    """Seconds that ``size`` bytes take to write, by one process, without decoding anything."""
+    block = np.zeros(engine.CHUNK_BYTES, np.uint8)
+    began = time.perf_counter()
+    with path.open("wb") as file:
+        for start in range(0, size, len(block)):
+            file.write(block[: size - start].data)
+    return time.perf_counter() - began
+
+
 def measure(options: DataBenchmark, root: Path) -> list[list[str]]:
     """Rows ``(what, value)`` of the report."""
     make_pictures(root / "pictures", options.count, options.size)
@@ -122,10 +132,12 @@ def measure(options: DataBenchmark, root: Path) -> list[list[str]]:
     slow = _reading(files, max(options.batches // 10, 1))
     fast = _reading(PackedDataset(array), options.batches)
     count = sum(len(split.names) for split in index.splits.values())
+    writing = _writing(root / "bytes", array[0].nbytes * count)
     return [
         ["decoding alone", f"{count / decoding:.0f} images/s"],
         ["packing", f"{count / packing:.0f} images/s"],
         ["time of packing over that of decoding alone", f"{packing / decoding:.2f}"],
+        ["writing as many bytes, one process", f"{count / writing:.0f} images/s"],
         ["packed data", f"{array[0].nbytes * count / 2**30:.2f} GiB"],
         ["peak memory, main process", f"{own:.2f} GiB"],
         ["peak memory, largest worker", f"{workers:.2f} GiB"],

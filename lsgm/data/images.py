@@ -30,7 +30,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -49,6 +49,7 @@ __all__ = [
     "is_grey",
     "load_image",
     "read_image",
+    "read_pixels",
     "to_8_bits",
 ]
 
@@ -74,7 +75,7 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def read_image(
+def read_pixels(
     stored: Stored,
     size: int | tuple[int, int],
     channels: int,
@@ -84,8 +85,8 @@ def read_image(
     crop: int | None = None,
     resample: Image.Resampling = Image.Resampling.BICUBIC,
     size_of: list[int] | None = None,
-) -> Tensor:
-    """Return a picture as uint8 with shape (channels, H, W): resized until it covers H x W, centre
+) -> np.ndarray:
+    """Return a picture as uint8 with shape (H, W, channels): resized until it covers H x W, centre
     cropped.
 
     Args:
@@ -119,15 +120,22 @@ def read_image(
                 )
             image = image.crop(box)
         image = ImageOps.fit(image, (width, height), method=resample)
-    array = np.array(image, dtype=np.uint8).reshape(height, width, channels)
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+    return np.array(image, dtype=np.uint8).reshape(height, width, channels)
+
+
+def read_image(
+    stored: Stored, size: int | tuple[int, int], channels: int, **options: Any
+) -> Tensor:
+    """:func:`read_pixels` as a tensor of shape (channels, H, W), uint8."""
+    pixels = torch.from_numpy(read_pixels(stored, size, channels, **options))
+    return pixels.permute(2, 0, 1).contiguous()
 
 
 def load_image(stored: Stored, name: str | None = None) -> Image.Image:
     """Return the first frame of a picture, upright, in its own mode, alpha included.
 
     Raises:
-        UserError: As :func:`read_image`.
+        UserError: As :func:`read_pixels`.
     """
     with _opened(stored, _label(stored, name)) as image, _room_for(image):
         return _decoded(image).copy()
@@ -137,7 +145,7 @@ def is_grey(stored: Stored, name: str | None = None) -> bool:
     """Whether a picture holds grey values only, by its header (a palette is colour).
 
     Raises:
-        UserError: As :func:`read_image`.
+        UserError: As :func:`read_pixels`.
     """
     with _opened(stored, _label(stored, name)) as image:
         return image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")

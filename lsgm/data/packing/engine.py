@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
-from lsgm.data.images import is_grey, read_image
+from lsgm.data.images import is_grey, read_pixels
 from lsgm.data.packed import INDEX, PackedSplit, PackIndex, write_index
 from lsgm.data.packing.settings import PackSettings
 from lsgm.data.readers.base import Label, Pictures, Source
@@ -316,12 +316,11 @@ class Job:
     def _read(self, pictures: Pictures, index: int, row: np.ndarray) -> list[int]:
         size: list[int] = []
         stored = pictures.read(index)
-        image = read_image(
+        row[:] = read_pixels(
             stored, self.settings.shape, self.channels,
             name=None if isinstance(stored, Path) else pictures.names[index],
             size_of=size, **self.settings.reading(),
         )  # fmt: skip
-        row[:] = image.permute(1, 2, 0).numpy()
         return size
 
 

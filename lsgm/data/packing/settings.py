@@ -56,7 +56,7 @@ class PackSettings:
         return self.image_size, self.image_width or self.image_size
 
     def reading(self) -> dict[str, Any]:
-        """The arguments of :func:`lsgm.data.images.read_image` that these are."""
+        """The arguments of :func:`lsgm.data.images.read_pixels` that these are."""
         return {"box": self.box, "crop": self.crop, "resample": RESAMPLES[self.resample]}
 
     def as_dict(self) -> dict[str, Any]:
