@@ -154,16 +154,14 @@ def _measure(
     name: str, stage: Stage, optims: Mapping[str, OptimConfig], train: TrainConfig,
     images: Tensor | LabelledImages, live: _Live,
 ) -> StepMemory:  # fmt: skip
-    world = World(CPU)
     state = TrainState(
         stage, optims, make_scaler(CPU, train.precision), total_steps=1000, steps_per_epoch=100
     )
     averages = {side: ema.module for side, ema in state.ema_models().items()}
     stage.use_average(averages)
     step = _FakeStep(
-        state, stage, world, precision=train.precision, accumulate=train.accumulate,
-        channels_last=train.channels_last,
-    )  # fmt: skip
+        state, stage, World(CPU), precision=train.precision, channels_last=train.channels_last
+    )
     for _ in range(2):  # the first makes the optimizers' state
         live.peak = live.bytes
         step(images)
@@ -209,6 +207,7 @@ def vae_step_memory(config: VAETrainConfig, spec: DataSpec, size: int) -> StepMe
     """Memory of a first-stage step of ``size`` images, the optimizer's included."""
     train = _with_batch(config.train, size)
     with _fake_tensors() as live:
+        # not vae_stage: Module.to swaps tensors, which the count's references forbid
         model = VAEModel(build_vae(config.vae, spec), spec, config.vae)
         stage = VAEStage(model, config.objective).train()
         images = _batch(spec, size, labelled=False)
