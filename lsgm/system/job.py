@@ -204,13 +204,15 @@ class Job:
             return 1 if isinstance(error, _AnotherFailed | KeyboardInterrupt) else None
 
     def _interrupt_on_failure(self, ended: threading.Event) -> None:
-        """Watch for the failure of another process, and interrupt the work of this one."""
+        """Watch for the failure of another process, and interrupt the work of this one where a
+        signal does (:func:`lsgm.commands.run.run`); otherwise it ends with its batch.
+        """
         with contextlib.suppress(ConnectionError):  # which the main thread will notice
             while not ended.wait(LONGEST_LOOK):
                 if self._ask("check", ["failure"]):
-                    import _thread
-
-                    _thread.interrupt_main(signal.SIGTERM)
+                    if callable(signal.getsignal(signal.SIGTERM)):
+                        main = threading.main_thread().ident
+                        signal.pthread_kill(main or 0, signal.SIGTERM)  # ends a sleep, too
                     return
 
 
