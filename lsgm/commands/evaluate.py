@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from lsgm.config.command_line import parse_command_line
 from lsgm.evaluation.report.evaluate import evaluate
 from lsgm.evaluation.report.options import EvaluateOptions
-from lsgm.system.job import shared_job
 
 __all__ = ["SHOWN", "evaluate_command"]
 
@@ -19,16 +18,13 @@ SHOWN = tuple(
 
 
 def evaluate_command(argv: Sequence[str], prog: str) -> None:
-    """Likelihood of trained runs, each number with its bound, estimator and standard error. Under
-    torchrun --nproc-per-node N the processes share the batches, and the numbers are the same.
-    """
-    with shared_job() as job:
-        line = parse_command_line(
-            EvaluateOptions,
-            argv,
-            extra=(),
-            prog=prog,
-            description=evaluate_command.__doc__,
-            shown=SHOWN,
-        )
-        evaluate(line.config, job)
+    """Likelihood of trained runs, each number with its bound, estimator and standard error."""
+    line = parse_command_line(
+        EvaluateOptions,
+        argv,
+        extra=(),
+        prog=prog,
+        description=evaluate_command.__doc__,
+        shown=SHOWN,
+    )
+    evaluate(line.config)

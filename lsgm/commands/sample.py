@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+from PIL import Image
+from torch import Tensor
+
 from lsgm.config.command_line import parse_command_line
 from lsgm.errors import UserError
 from lsgm.models.loading import load, require_run
+from lsgm.models.results import Batch
 from lsgm.sampling.draw import iterate_samples, solver_name
-from lsgm.sampling.outputs import Output, check_samples, open_output
 from lsgm.sampling.sampler import MAX_COUNT, SolverOptions, given_solver_options
 from lsgm.solvers import Progress
-from lsgm.system.job import ALONE, Job, shared_job
+from lsgm.system.device import choose_device
+from lsgm.system.files import atomic_write, check_output
 from lsgm.system.memory import process_peak
-from lsgm.system.npz import Block
+from lsgm.system.npz import ArrayStream, write_npz
+from lsgm.system.pictures import image_grid, save_grid
 from lsgm.system.progress import progress_bar
 from lsgm.training.checkpoint_model import load_checkpoint
 from lsgm.training.precision import autocast, usable_precision
@@ -41,14 +48,12 @@ SHOWN = tuple(
 
 def sample(argv: Sequence[str], prog: str) -> None:
     """Draw images from a trained run: a PNG grid, a folder of PNGs, or an NPZ with the array
-    `images` (N, C, H, W) in [0, 1]. Under torchrun --nproc-per-node N the processes share the
-    batches, and the images are the same.
+    `images` (N, C, H, W) in [0, 1].
     """
-    with shared_job() as job:
-        line = parse_command_line(
-            SampleOptions, argv, extra=(), prog=prog, description=sample.__doc__, shown=SHOWN
-        )
-        sample_to_file(line.config, job)
+    line = parse_command_line(
+        SampleOptions, argv, extra=(), prog=prog, description=sample.__doc__, shown=SHOWN
+    )
+    sample_to_file(line.config)
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class SampleOptions(SolverOptions):
     latents: bool = False
     """Write the latents to the NPZ as well: `latents_0`, ..., coarsest first, float32."""
     device: str = "auto"
-    """auto, cpu, cuda, ...; cuda is one device a process."""
+    """auto, cpu, cuda, ..."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     """Of the networks, the decoder's too; the solver's state stays wide. A CPU without bf16 takes
     float32."""
@@ -108,37 +113,20 @@ class SampleOptions(SolverOptions):
         return max([self.n, *(k + 1 for k in self.index)])
 
     @property
-    def indices(self) -> Sequence[int]:
-        """The images to write."""
-        return sorted(set(self.index)) or range(self.n)
-
-    @property
     def num_written(self) -> int:
         """Number of images to write."""
-        return len(self.indices)
+        return len(set(self.index)) or self.n
 
 
-@dataclass(frozen=True)
-class _Drawn:
-    """What the main process has to know of a batch: its images, its network evaluations, and where
-    its rows lie until all are there.
-    """
-
-    num: int
-    nfe: int
-    block: Block | None
-
-
-def sample_to_file(options: SampleOptions, job: Job = ALONE) -> None:
-    """Draw images from a run and write them; print the number of evaluations and the time. The
-    processes of ``job`` share the batches.
+def sample_to_file(options: SampleOptions) -> None:
+    """Draw images from a run and write them; print the number of evaluations and the time.
 
     Raises:
         UserError: The run or its checkpoint cannot be opened, an option does not apply to it, or
             the output cannot be written: all known before anything is drawn.
         NonFiniteError: Samples are not finite; nothing is written.
     """
-    run, device = require_run(options.run), job.choose_device(options.device)
+    run, device = require_run(options.run), choose_device(options.device)
     if options.checkpoint is None:
         model = load(run, device)
     else:
@@ -152,36 +140,99 @@ def sample_to_file(options: SampleOptions, job: Job = ALONE) -> None:
     if options.compile and model.diffusion is not None:
         model.diffusion.score.compile()
     start, writing = time.perf_counter(), 0.0
-    bar = progress_bar(total=options.num_written, unit="img", disable=not job.is_main)
+    evaluations: list[int] = []
+    bar = progress_bar(total=options.num_written, unit="img")
 
     def show(progress: Progress) -> None:
         bar.set_postfix(t=f"{progress.t:.3g}", nfe=progress.nfe)
 
-    def parts(output: Output) -> Iterator[tuple[int, _Drawn]]:
-        nonlocal writing
-        total, wanted = options.num_images, set(options.index)
-        for batch in iterate_samples(model, total, options, wanted, show, job.take):
+    with bar, _output(out, options) as write, autocast(device, precision):
+        batches = iterate_samples(model, options.num_images, options, set(options.index), show)
+        for batch in batches:
+            evaluations.append(batch.nfe)
             drawn = time.perf_counter()
-            block = output.add(batch)
+            write(batch)
             writing += time.perf_counter() - drawn
-            yield batch.index[0], _Drawn(len(batch.images), batch.nfe, block)
-
-    job.on_main(lambda: check_samples(out, options.indices))
-    with bar, open_output(out, options.dtype, options.latents) as output:
-        with autocast(device, precision):
-            drawn = job.gather(parts(output), everywhere=False, done=lambda d: bar.update(d.num))
-        gathered = time.perf_counter()
-        job.on_main(lambda: output.finish([d.block for d in drawn if d.block is not None]))
-        writing += time.perf_counter() - gathered
+            bar.update(len(batch.images))
     seconds, count = time.perf_counter() - start, options.num_written
-    peaks = job.gather([(job.rank, process_peak(device))], everywhere=False)
-    if not job.is_main:
-        return
-    nfe = sum(d.nfe for d in drawn) / len(drawn)
-    shared = f" on {job.size} processes" if job.size > 1 else ""
+    nfe = sum(evaluations) / len(evaluations)
     print(
         f"{count} images, {solver_name(model, options)}, "
         f"NFE {nfe:g} a batch of {min(options.num_images, options.batch_size)}, {precision}, "
-        f"{seconds:.2f} s{shared} ({(seconds - writing) / count:.4f} s an image without writing), "
-        f"peak memory {max(peaks) / 2**30:.2f} GiB -> {out}"
+        f"{seconds:.2f} s ({(seconds - writing) / count:.4f} s an image without writing), "
+        f"peak memory {process_peak(device) / 2**30:.2f} GiB -> {out}"
     )
+
+
+@contextlib.contextmanager
+def _output(out: Path, options: SampleOptions) -> Iterator[Callable[[Batch], None]]:
+    """What takes the batches, opened on entering; a single file is complete only on leaving."""
+    check_output(out if out.suffix else out / "000000.png", "--out")
+    writer = {".npz": _npz_output, ".png": _grid_output, "": _folder_output}[out.suffix]
+    with writer(out, options) as write:
+        yield write
+
+
+@contextlib.contextmanager
+def _grid_output(out: Path, options: SampleOptions) -> Iterator[Callable[[Batch], None]]:
+    images: list[Tensor] = []
+    yield lambda batch: images.append(batch.images)
+    found = torch.cat(images)
+    if len(found) == 1:
+        _save_image(found[0], out)
+    else:
+        save_grid(image_grid(found), out)
+
+
+def _save_image(image: Tensor, path: Path) -> None:
+    """Write an image ``(C, H, W)`` in [0, 1] as PNG, pixel for pixel."""
+    with atomic_write(path) as file:
+        pixels = _to_bytes(image).movedim(0, -1).squeeze(-1).numpy()
+        Image.fromarray(pixels).save(file, format="png")
+
+
+@contextlib.contextmanager
+def _folder_output(out: Path, options: SampleOptions) -> Iterator[Callable[[Batch], None]]:
+    """One PNG an image, named by its index, pixel for pixel."""
+
+    def path(index: int) -> Path:
+        return out / f"{index:06d}.png"
+
+    numbers = options.index or range(options.n)
+    if taken := [path(k) for k in numbers if path(k).exists()]:
+        raise UserError(f"--out: {taken[0]} exists already; choose another folder")
+
+    def write(batch: Batch) -> None:
+        for index, image in zip(batch.index, batch.images, strict=True):
+            _save_image(image, path(index))
+
+    yield write
+
+
+@contextlib.contextmanager
+def _npz_output(out: Path, options: SampleOptions) -> Iterator[Callable[[Batch], None]]:
+    """Arrays of images, and of latents if asked for, that grow with the batches."""
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(atomic_write(out))
+        streams: dict[str, ArrayStream] = {}
+
+        def write(batch: Batch) -> None:
+            if not streams:  # the first batch says how many latents there are
+                latents = len(batch.latents) * options.latents
+                names = ["images", *(f"latents_{i}" for i in range(latents))]
+                streams.update(stack.enter_context(write_npz(file, names, out.parent)))
+            _append(streams, batch, options.dtype)
+
+        yield write
+
+
+def _to_bytes(images: Tensor) -> Tensor:
+    """Grey levels, uint8, of images in [0, 1]."""
+    return images.mul(255).round().to(torch.uint8)
+
+
+def _append(streams: dict[str, ArrayStream], batch: Batch, dtype: str) -> None:
+    images = batch.images
+    converted = _to_bytes(images) if dtype == "uint8" else images.to(getattr(torch, dtype))
+    for stream, value in zip(streams.values(), (converted, *batch.latents), strict=False):
+        stream.append(value.numpy())

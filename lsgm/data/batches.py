@@ -6,7 +6,7 @@ exactly where it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -115,17 +115,15 @@ class Batches:
         whole = order[step * self.batch_size : (step + 1) * self.batch_size]
         return whole.tensor_split(self.world_size)[self.rank]
 
-    def epoch(
-        self, epoch: int = 0, start: int = 0, steps: Iterable[int] | None = None
-    ) -> Iterator[tuple[int, Any]]:
-        """Yield (step in the epoch, images) from step `start` on, or of the given steps, which are
-        asked for one batch ahead at most.
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[int, Any]]:
+        """Yield (step in the epoch, images) from step `start` on.
 
         Images are float32 in [0, 1] with shape (b, C, R, R), with their labels if asked for.
         """
         order = self._order(epoch)
-        steps = range(start, self.steps_per_epoch) if steps is None else steps
-        jobs = ((step, self.index(epoch, step, order)) for step in steps)
+        jobs = (
+            (step, self.index(epoch, step, order)) for step in range(start, self.steps_per_epoch)
+        )
         jobs = ((step, index) for step, index in jobs if len(index))
         if not self.dataset.gather_ahead:
             for step, index in jobs:

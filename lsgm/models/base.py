@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -248,7 +248,6 @@ class Model(nn.Module, ABC):
         batch_size: int = BATCH_SIZE,
         wanted: Collection[int] = (),
         callback: Callback | None = None,
-        take: Callable[[int], Iterable[int]] = range,
     ) -> Iterator[Batch]:
         """The images of :meth:`sample`, batch by batch; tensors are on the CPU.
 
@@ -258,18 +257,13 @@ class Model(nn.Module, ABC):
 
         ``wanted``: give only the images of these indices: batches without one are left out, the
         others computed as a whole, so that an image does not depend on what else is wanted.
-
-        ``take``: given the number of batches, says which of them to draw, one after the other
-        (:meth:`lsgm.system.job.Job.take` shares them among processes).
         """
         classes = None if labels is None else _classes(labels, n)
-        starts: Sequence[int] = range(0, n, batch_size)
-        if wanted:
-            starts = sorted({k - k % batch_size for k in wanted if 0 <= k < n})
-        for place in take(len(starts)):
-            start = starts[place]
+        for start in range(0, n, batch_size):
             rows = range(start, min(start + batch_size, n))
             keep = [i for i, k in enumerate(rows) if not wanted or k in wanted]
+            if not keep:
+                continue
             batch = self.draw(
                 len(rows),
                 RowGenerators.of(seed, rows),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
@@ -48,7 +48,6 @@ def iterate_samples(
     options: SolverOptions,
     wanted: Collection[int] = (),
     callback: Callback | None = None,
-    take: Callable[[int], Iterable[int]] = range,
 ) -> Iterator[Batch]:
     """:meth:`lsgm.models.base.Model.iterate` by ``options``.
 
@@ -65,7 +64,6 @@ def iterate_samples(
         batch_size=options.batch_size,
         wanted=wanted,
         callback=callback,
-        take=take,
     )
 
 

@@ -34,7 +34,6 @@ __all__ = [
     "open_log",
     "read_log_line",
     "sweep",
-    "temporary_file",
 ]
 
 _LONGEST_NAME = 200
@@ -50,37 +49,26 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
             untouched and nothing partial stays behind.
     """
     path = Path(path)
-    with temporary_file(path) as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-        os.chmod(file.name, 0o666 & ~_umask())
-        os.replace(file.name, path)
-    _sync_folder(path.parent)
-
-
-@contextlib.contextmanager
-def temporary_file(path: Path) -> Iterator[IO[bytes]]:
-    """A new binary file beside ``path``, open to write, which is gone when the block ends unless it
-    was moved. Errors of the system about it name ``path``; :func:`sweep` removes what is left of it
-    by a kill.
-    """
     name: str | None = None
     try:
         handle, name = tempfile.mkstemp(
             prefix=_temporary_prefix(path.name), suffix=".tmp", dir=path.parent
         )
-        mark_in_use(handle)
-        with open(name, "wb") as file, os.fdopen(handle):
+        with os.fdopen(handle, "wb") as file:
+            mark_in_use(handle)
             yield file
-    except OSError as error:
-        if _names_temporary(error.filename, path):
-            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-        raise
-    finally:
+            file.flush()
+            os.fsync(handle)
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, path)
+    except BaseException as error:
         if name is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name)
+        if isinstance(error, OSError) and _names_temporary(error.filename, path):
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        raise
+    _sync_folder(path.parent)
 
 
 def _temporary_prefix(name: str) -> str:

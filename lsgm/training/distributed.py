@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from lsgm.errors import UserError
 from lsgm.system.device import choose_device
-from lsgm.system.job import meeting_point
 
 __all__ = [
     "World",
@@ -81,8 +81,7 @@ def distributed(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator
     if size == 1:
         yield World(place)
         return
-    timeout, meeting = timedelta(minutes=timeout_minutes), meeting_point()
-    meeting["world_size"] = meeting.pop("size")
+    timeout, meeting = timedelta(minutes=timeout_minutes), _meeting_point()
     if place.type == "cuda":
         dist.init_process_group("nccl", device_id=place, timeout=timeout, **meeting)
     else:
@@ -94,6 +93,19 @@ def distributed(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator
         # The reducers have to be gone before the group they use.
         gc.collect()
         dist.destroy_process_group()
+
+
+def _meeting_point() -> dict[str, Any]:
+    """Where the processes find each other: under a name of its own for every restart by torchrun,
+    whose store still holds the addresses of the processes that died.
+    """
+    store, rank, size = next(rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {
+        "store": dist.PrefixStore(f"attempt_{attempt}", store),
+        "rank": rank,
+        "world_size": size,
+    }
 
 
 def wrap(stage: nn.Module, world: World, *, find_unused_parameters: bool = False) -> nn.Module:

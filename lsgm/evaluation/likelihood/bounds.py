@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ from lsgm.likelihood import ode_log_density, tolerance_convergence
 from lsgm.models.base import Model
 from lsgm.models.latent import LSGM, NELBO, VAEModel
 from lsgm.models.results import Estimate
-from lsgm.system.job import ALONE, Job
 from lsgm.tensors import sum_except_batch
 from vae.objective import bits_per_dim, importance_weighted_bound, standard_normal_log_prob
 from vae.random import Rng, RowGenerators
@@ -43,12 +42,9 @@ __all__ = [
     "nelbo_values",
     "normal_nelbo",
     "ode_nelbo",
-    "over_batches",
     "posterior_draw",
     "with_generators",
 ]
-
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -93,17 +89,14 @@ def evaluation_batches(
     device: torch.device | str = "cpu",
     rank: int = 0,
     world_size: int = 1,
-    job: Job = ALONE,
 ) -> ImageBatches:
     """Batches of all images or of a random subset of ``limit`` of them
-    (:func:`lsgm.data.random_subset`), binarised once and for all where the data are binary.
-
-    Of several processes each gets its part of every batch by ``rank`` and ``world_size``, or
-    :func:`over_batches` gives whole batches to the processes of ``job``.
+    (:func:`lsgm.data.random_subset`), binarised once and for all where the data are binary; of
+    several processes each gets its part of every batch.
     """
     fixed = fixed_binarisation(dataset, binarisation_seed) if spec.binary else dataset
     batches = Batches(fixed, batch_size, train=False, limit=limit, rank=rank, world_size=world_size)
-    return ImageBatches(batches, spec, num_bits, device, job)
+    return ImageBatches(batches, spec, num_bits, device)
 
 
 @dataclass(frozen=True)
@@ -114,8 +107,6 @@ class ImageBatches:
     spec: DataSpec
     num_bits: int = 8
     device: torch.device | str = "cpu"
-    job: Job = ALONE
-    """The processes that share the batches in :func:`over_batches`."""
 
     @property
     def index(self) -> Tensor:
@@ -123,12 +114,8 @@ class ImageBatches:
         return torch.cat([self.batches.index(0, s) for s in range(self.batches.steps_per_epoch)])
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (x for _, x in self.steps())
-
-    def steps(self, steps: Iterable[int] | None = None) -> Iterator[tuple[int, Tensor]]:
-        """The batches of these steps (default: all), each with its step."""
-        for step, images in self.batches.epoch(steps=steps):
-            yield step, preprocess(images.to(self.device), self.spec, self.num_bits)
+        for _, images in self.batches.epoch():
+            yield preprocess(images.to(self.device), self.spec, self.num_bits)
 
 
 def with_generators(batches: Iterable[Tensor], seed: int) -> Iterator[tuple[Tensor, RowGenerators]]:
@@ -141,39 +128,6 @@ def with_generators(batches: Iterable[Tensor], seed: int) -> Iterator[tuple[Tens
         rows = range(done, done + len(x))
         yield x, RowGenerators.of(seed, rows if index is None else [index[i] for i in rows])
         done += len(x)
-
-
-def over_batches(
-    batches: Iterable[Tensor],
-    seed: int,
-    work: Callable[[Tensor, RowGenerators], R],
-    callback: Callable[[int], object] | None = None,
-) -> list[R]:
-    """``work(x, rng)`` of every batch with the generators of its images, in order.
-
-    The job of :class:`ImageBatches` shares them: each batch is worked on by one process, and all
-    get the results, on the CPU and picklable.
-
-    Args:
-        batches: ``(b, C, R, R)`` in [-1, 1].
-        seed: Of the generators.
-        work: Called on one batch.
-        callback: Receives the number of images of each batch, on the main process.
-    """
-    done = callback or (lambda _: None)
-
-    def parts() -> Iterator[tuple[int, tuple[int, R]]]:
-        if not isinstance(batches, ImageBatches):
-            for place, (x, rng) in enumerate(with_generators(batches, seed)):
-                yield place, (len(x), work(x, rng))
-            return
-        own = batches.job.take(batches.batches.steps_per_epoch)
-        for step, x in batches.steps(own):
-            rng = RowGenerators.of(seed, batches.batches.index(0, step).tolist())
-            yield step, (len(x), work(x, rng))
-
-    job = batches.job if isinstance(batches, ImageBatches) else ALONE
-    return [result for _, result in job.gather(parts(), done=lambda part: done(part[0]))]
 
 
 @dataclass
@@ -253,18 +207,14 @@ def nelbo_values(
 ) -> Values:
     """What :func:`nelbo` averages."""
     values = Values()
-
-    def work(x: Tensor, rng: RowGenerators) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    for x, rng in with_generators(batches, seed):
         draws: list[NELBO] = [model.nelbo(x, rng) for _ in range(samples)]
-        parts = ([d.total for d in draws], [d.reconstruction for d in draws], [d.kl for d in draws])
-        means = tuple(torch.stack(part).mean(0).cpu() for part in parts)
-        return means, [d.sampled.cpu() for d in draws if d.sampled is not None]
-
-    for (total, reconstruction, kl), sampled in over_batches(batches, seed, work, callback):
-        values.total.append(total)
-        values.reconstruction.append(reconstruction)
-        values.kl.append(kl)
-        values.sampled.extend(sampled)
+        values.total.append(torch.stack([d.total for d in draws]).mean(0).cpu())
+        values.reconstruction.append(torch.stack([d.reconstruction for d in draws]).mean(0).cpu())
+        values.kl.append(torch.stack([d.kl for d in draws]).mean(0).cpu())
+        values.sampled.extend(d.sampled.cpu() for d in draws if d.sampled is not None)
+        if callback:
+            callback(len(x))
     return values
 
 
@@ -324,27 +274,15 @@ def iw_bound(
     bias the bound.
     """
     start = time.perf_counter()
-    model = model.under_normal()
-
-    def work(x: Tensor, rng: RowGenerators) -> Tensor:
+    values, model = Values(), model.under_normal()
+    for x, rng in with_generators(batches, seed):
         log_w = torch.stack([-model.nelbo(x, rng).total for _ in range(k)])
-        return -importance_weighted_bound(log_w).cpu()
-
-    values = Values(over_batches(batches, seed, work, callback))
+        values.total.append(-importance_weighted_bound(log_w).cpu())
+        if callback:
+            callback(len(x))
     return values.report(
         model, f"IW-{k}, N(0, I) prior", "analytic prior", start, k=k, seed=seed, **settings
     )
-
-
-@dataclass(frozen=True)
-class _ODEValues:
-    """Of a batch: nats, the first latents, and what the solver says of them."""
-
-    total: Tensor
-    reconstruction: Tensor
-    top: Tensor
-    nfe: int
-    probe_variance: Tensor | None
 
 
 @torch.no_grad()
@@ -372,8 +310,10 @@ def ode_nelbo(
     start = time.perf_counter()
     options = {"num_probes": probes} if divergence == "hutchinson" else {}
     estimator = make_divergence(divergence, **options)
-
-    def work(x: Tensor, rng: RowGenerators) -> _ODEValues:
+    values = Values()
+    evaluations, variances = [], []
+    first = torch.empty(0, *model.vae.top_shape, device=model.device)
+    for x, rng in with_generators(batches, seed):
         draw = posterior_draw(model, model.vae.encoder(x), x, rng)
         density = ode_log_density(
             model.sde,
@@ -385,25 +325,16 @@ def ode_nelbo(
             atol=tolerance,
             rng=rng,
         )
-        variance = density.probe_variance
-        return _ODEValues(
-            (-draw.log_weight(density.log_prob)).cpu(),
-            draw.reconstruction.cpu(),
-            draw.top[:check_images].cpu(),
-            density.nfe,
-            None if variance is None else variance.cpu(),
-        )
-
-    found = over_batches(batches, seed, work, callback)
-    values = Values(
-        [part.total for part in found],
-        [part.reconstruction for part in found],
-        [part.total - part.reconstruction for part in found],
-    )
-    evaluations = [part.nfe for part in found]
-    variances = [part.probe_variance for part in found if part.probe_variance is not None]
-    first = torch.cat([torch.empty(0, *model.vae.top_shape), *(part.top for part in found)])
-    first = first[:check_images].to(model.device)
+        first = torch.cat([first, draw.top[: check_images - len(first)]])
+        total = -draw.log_weight(density.log_prob)
+        values.total.append(total.cpu())
+        values.reconstruction.append(draw.reconstruction.cpu())
+        values.kl.append((total - draw.reconstruction).cpu())
+        evaluations.append(density.nfe)
+        if density.probe_variance is not None:
+            variances.append(density.probe_variance.cpu())
+        if callback:
+            callback(len(x))
     change = None
     if len(first):
         tolerances = (10 * tolerance, tolerance)

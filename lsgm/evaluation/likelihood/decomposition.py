@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsgm.evaluation.likelihood.bounds import Estimate, over_batches
+from lsgm.evaluation.likelihood.bounds import Estimate, with_generators
 from lsgm.evaluation.likelihood.importance import convergence, iw_of_groups
 from lsgm.models.latent import LSGM, VAEModel
 from lsgm.tensors import sum_except_batch
 from vae.objective import bounds, elbo
-from vae.random import Rng, RowGenerators
+from vae.random import Rng
 
 __all__ = [
     "BoundCurve",
@@ -67,16 +67,17 @@ def decompose(model: VAEModel, batches: Iterable[Tensor], *, seed: int = 0) -> D
     of the coarsest scale: their KL is one number, with the variational cross-entropy of
     2106.05931, eq. 8, at one importance-sampled time an image.
     """
+    reconstruction, groups, joint = [], [], []
     prior = model.diffusion
     coarse = 0 if prior is None else prior.state_groups
-
-    def work(x: Tensor, rng: RowGenerators) -> tuple[Tensor, Tensor, Tensor]:
+    for x, rng in with_generators(batches, seed):
         output = model.vae(x, rng=rng)
         parts = elbo(model.vae, output, x)
-        joint = torch.zeros(0) if prior is None else _joint_kl(prior, output.posterior, rng).cpu()
-        return parts.reconstruction.double().cpu(), parts.kl.double().cpu(), joint
-
-    recon, kl, joint = map(torch.cat, zip(*over_batches(batches, seed, work), strict=True))
+        reconstruction.append(parts.reconstruction.double().cpu())
+        groups.append(parts.kl.double().cpu())
+        if prior is not None:
+            joint.append(_joint_kl(prior, output.posterior, rng).cpu())
+    recon, kl = torch.cat(reconstruction), torch.cat(groups)
     terms = [Term("reconstruction", "-log p(x | z)", Estimate.of(recon))]
     normal = [
         Term(f"KL of group {i + 1}", "N(0, I)", Estimate.of(kl[:, i])) for i in range(kl.shape[1])
@@ -84,9 +85,10 @@ def decompose(model: VAEModel, batches: Iterable[Tensor], *, seed: int = 0) -> D
     total = recon + kl[:, coarse:].sum(1)
     estimator = "one posterior draw an image, analytic prior"
     if coarse:
-        total = total + joint
+        top = torch.cat(joint)
+        total = total + top
         name = "KL of group 1" if coarse == 1 else f"KL of groups 1-{coarse}, together"
-        terms.append(Term(name, "score-based prior", Estimate.of(joint)))
+        terms.append(Term(name, "score-based prior", Estimate.of(top)))
         estimator = (
             "one posterior draw an image; score-based prior by the variational cross-entropy at "
             "one importance-sampled time"
@@ -135,11 +137,11 @@ def bound_curves(
     over groups of them. ``batches`` may be gone through twice.
     """
     ks = tuple(sorted(set(k)))
-
-    def work(x: Tensor, rng: RowGenerators) -> Tensor:
-        return bounds(model.vae, x, ks[-1], rng).log_weights.double().cpu()
-
-    log_w = torch.cat(over_batches(batches, seed, work), dim=1)
+    weights = [
+        bounds(model.vae, x, ks[-1], rng).log_weights.double().cpu()
+        for x, rng in with_generators(batches, seed)
+    ]
+    log_w = torch.cat(weights, dim=1)
     num = log_w.shape[1]
     values = tuple(Estimate.of(iw_of_groups(log_w, n)) for n in ks)
     if model.diffusion is None:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from lsgm.divergence import make_divergence
-from lsgm.evaluation.likelihood.bounds import LikelihoodReport, Values, over_batches
+from lsgm.evaluation.likelihood.bounds import LikelihoodReport, Values, with_generators
 from lsgm.models.image_likelihood import ode_data_likelihood
 from lsgm.models.images import DataSGM
-from vae.random import RowGenerators
 
 __all__ = ["data_ode_bound"]
 
@@ -44,8 +43,8 @@ def data_ode_bound(
         **settings: Noted in the report.
     """
     start = time.perf_counter()
-
-    def work(x: Tensor, rng: RowGenerators) -> tuple[Tensor, int, str, str]:
+    values, calls, words = Values(), [], ("", "")
+    for x, rng in with_generators(batches, seed):
         found = ode_data_likelihood(
             model.sde,
             model.score,
@@ -56,17 +55,17 @@ def data_ode_bound(
             tolerance=tolerance,
             rng=rng,
         )
-        return found.nats.cpu(), found.nfe, found.estimator, found.convention
-
-    found = over_batches(batches, seed, work, callback)
-    calls = [nfe for _, nfe, _, _ in found]
-    estimator, convention = found[-1][2:] if found else ("", "")
-    return Values([nats for nats, *_ in found]).report(
+        values.total.append(found.nats.cpu())
+        calls.append(found.nfe)
+        words = found.estimator, found.convention
+        if callback:
+            callback(len(x))
+    return values.report(
         model,
         model.bound_name,
-        estimator,
+        words[0],
         start,
-        convention=convention,
+        convention=words[1],
         nfe=sum(calls) / max(len(calls), 1),
         seed=seed,
         **settings,

@@ -30,14 +30,14 @@ from lsgm.evaluation.likelihood.bounds import (
     LikelihoodReport,
     Values,
     iw_bound,
-    over_batches,
     posterior_draw,
+    with_generators,
 )
 from lsgm.likelihood import ode_log_density
 from lsgm.models.latent import LSGM, VAEModel
 from lsgm.path_bound import PathPrior
 from vae.objective import importance_weighted_bound
-from vae.random import Rng, RowGenerators
+from vae.random import Rng
 
 __all__ = [
     "ConvergenceRow",
@@ -200,7 +200,7 @@ def exact_iw_bound(
         calls.append(density.nfe)
         return density.exact()
 
-    return _importance_weighted(
+    report = _importance_weighted(
         model,
         batches,
         log_prior,
@@ -210,8 +210,9 @@ def exact_iw_bound(
         bound=f"IW-{k}, score-based prior by its ODE",
         estimator="exact divergence, dopri5",
         settings={"t_end": t_end, "tolerance": tolerance, **settings},
-        calls=calls,
     )
+    report.settings["nfe"] = sum(calls) / max(len(calls), 1)
+    return report
 
 
 def _log_weights(model: LSGM, x: Tensor, log_prior: LogPrior, k: int, rng: Rng) -> Tensor:
@@ -235,24 +236,19 @@ def _importance_weighted(
     bound: str,
     estimator: str,
     settings: dict[str, Any],
-    calls: list[int] | None = None,
 ) -> LikelihoodReport:
-    """``calls``: where ``log_prior`` notes its network calls, whose mean the report holds then."""
     start = time.perf_counter()
-
-    def work(x: Tensor, rng: RowGenerators) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-        before = len(calls or ())
+    values, nelbos, effective = Values(), [], []
+    for x, rng in with_generators(batches, seed):
         log_w = _log_weights(model, x, log_prior, k, rng)
-        nats, effective = -importance_weighted_bound(log_w), 1 / log_w.softmax(0).square().sum(0)
-        return nats.cpu(), -log_w.mean(0).cpu(), effective.cpu(), (calls or [])[before:]
-
-    found = over_batches(batches, seed, work, callback)
-    nelbo = Estimate.of(torch.cat([part[1] for part in found])).mean
-    draws = torch.cat([part[2] for part in found]).mean().item()
-    if calls is not None:
-        numbers = [number for part in found for number in part[3]]
-        settings = {**settings, "nfe": sum(numbers) / max(len(numbers), 1)}
-    return Values([part[0] for part in found]).report(
+        values.total.append(-importance_weighted_bound(log_w).cpu())
+        nelbos.append(-log_w.mean(0).cpu())
+        effective.append((1 / log_w.softmax(0).square().sum(0)).cpu())
+        if callback:
+            callback(len(x))
+    nelbo = Estimate.of(torch.cat(nelbos)).mean
+    draws = torch.cat(effective).mean().item()
+    return values.report(
         model,
         bound,
         estimator,
@@ -311,11 +307,10 @@ def convergence(
     for number in steps:
         rng = torch.Generator().manual_seed(seed)
         prior = path_prior(model, number, grid=grid, calibration=calibration, rng=rng)
-        log_weight = prior.log_weight
-
-        def work(x: Tensor, own: RowGenerators, log_prior: LogPrior = log_weight) -> Tensor:
-            return _log_weights(model, x, log_prior, max(k), own).cpu()
-
-        log_w = torch.cat(over_batches(batches, seed, work), 1)
+        log_ws = [
+            _log_weights(model, x, prior.log_weight, max(k), own).cpu()
+            for x, own in with_generators(batches, seed)
+        ]
+        log_w = torch.cat(log_ws, 1)
         rows += [ConvergenceRow(number, n, Estimate.of(iw_of_groups(log_w, n))) for n in k]
     return tuple(rows)

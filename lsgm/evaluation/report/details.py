@@ -34,16 +34,13 @@ from lsgm.evaluation.report.published import PublishedTable, published_for
 from lsgm.models.base import Model
 from lsgm.models.latent import VAEModel
 from lsgm.models.release import WEIGHTS
-from lsgm.system.job import ALONE, Job
 
 __all__ = [
     "Details",
     "NeighbourSummary",
-    "SharedDetails",
     "examine",
     "how_to_repeat",
     "neighbours_of",
-    "share_details",
 ]
 
 QUERIES = 50
@@ -104,43 +101,12 @@ def examine(
     datasets: Datasets,
     samples: Tensor,
     options: EvaluateOptions,
-    bounds: SharedDetails,
 ) -> Details:
-    """Work out the details of a run; ``samples`` ``(N, C, H, W)`` in [0, 1] are some of its images,
-    ``bounds`` comes from :func:`share_details`.
+    """Work out the details of a run; ``samples`` ``(N, C, H, W)`` in [0, 1] are some of its images.
 
     Raises:
         UserError: The extractor or the sampler of ``options`` is not available.
     """
-    quality = None
-    if options.quality.extractor:
-        quality = sample_quality(model, datasets, options.quality, options.sampling, data)
-    return Details(
-        bounds.decomposition,
-        bounds.curves,
-        quality,
-        neighbours_of(samples[:QUERIES], datasets, k=5),
-        published_for(datasets.spec.name),
-        len(datasets.test),
-        how_to_repeat(model, folder, data, datasets, options),
-        model.in_words(),
-    )
-
-
-@dataclass(frozen=True)
-class SharedDetails:
-    """The parts of a report that are worth sharing among processes; None or empty of a model
-    without latents.
-    """
-
-    decomposition: Decomposition | None = None
-    curves: tuple[BoundCurve, ...] = ()
-
-
-def share_details(
-    model: Model, data: DataConfig, datasets: Datasets, options: EvaluateOptions, job: Job = ALONE
-) -> SharedDetails:
-    """Where the nats are and how bounds tighten, by all processes of ``job``."""
     decomposition: Decomposition | None = None
     curves: tuple[BoundCurve, ...] = ()
     if model.has_latents:
@@ -155,7 +121,6 @@ def share_details(
                 limit=limit,
                 binarisation_seed=data.eval_binarisation_seed,
                 device=model.device,
-                job=job,
             )
 
         latent = cast(VAEModel, model)
@@ -163,7 +128,19 @@ def share_details(
         if options.iw:
             fewest = min(options.iw_images, options.limit or options.iw_images)
             curves = bound_curves(latent, batches(fewest), k=options.iw, seed=options.seed)
-    return SharedDetails(decomposition, curves)
+    quality = None
+    if options.quality.extractor:
+        quality = sample_quality(model, datasets, options.quality, options.sampling, data)
+    return Details(
+        decomposition,
+        curves,
+        quality,
+        neighbours_of(samples[:QUERIES], datasets, k=5),
+        published_for(datasets.spec.name),
+        len(datasets.test),
+        how_to_repeat(model, folder, data, datasets, options),
+        model.in_words(),
+    )
 
 
 def neighbours_of(samples: Tensor, datasets: Datasets, *, k: int = 5) -> NeighbourSummary:

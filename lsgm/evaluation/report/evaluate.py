@@ -27,7 +27,7 @@ from lsgm.evaluation.likelihood.bounds import (
 )
 from lsgm.evaluation.likelihood.images import data_ode_bound
 from lsgm.evaluation.likelihood.importance import exact_iw_bound, iw
-from lsgm.evaluation.report.details import Details, SharedDetails, examine, share_details
+from lsgm.evaluation.report.details import Details, examine
 from lsgm.evaluation.report.document import write_report
 from lsgm.evaluation.report.options import EvaluateOptions
 from lsgm.models.base import Model
@@ -37,8 +37,8 @@ from lsgm.models.release import load_data_config, read_description
 from lsgm.sampling.draw import draw_samples
 from lsgm.sampling.sampler import given_solver_options
 from lsgm.system.curves import learning_curves, read_metrics
+from lsgm.system.device import choose_device
 from lsgm.system.files import atomic_write_json, check_output, sweep
-from lsgm.system.job import ALONE, Job
 from lsgm.system.markdown import markdown_table
 from lsgm.system.pictures import image_grid, reconstruction_grid, save_grid
 from lsgm.system.progress import progress_bar
@@ -101,32 +101,23 @@ class RunReport:
         }
 
 
-def evaluate_run(
-    folder: Path, options: EvaluateOptions, out: Path | None = None, job: Job = ALONE
-) -> RunReport | None:
+def evaluate_run(folder: Path, options: EvaluateOptions, out: Path | None = None) -> RunReport:
     """Evaluate the run in ``folder``: the bounds that apply to it, the cost of sampling, and the
     report in ``out`` (default ``folder/evaluation``) unless ``options`` want none.
-
-    The processes of ``job`` share the batches of the bounds; the main one does the rest, and the
-    others return None.
 
     Raises:
         UserError: The run cannot be opened, a metric does not exist, or the report cannot be
             written.
     """
-    model = load(folder, job.choose_device(options.device))
+    model = load(folder, choose_device(options.device))
     data = load_data_config(folder, root=options.data_root)
-    datasets = _open_datasets(data, job)
+    datasets = build_datasets(data)
+    print(datasets.summary(), file=sys.stderr, flush=True)  # standard output is the table
     bounds = {
-        name: _run_metric(name, model, datasets, data, options, folder.name, job)
+        name: _run_metric(name, model, datasets, data, options, folder.name)
         for name in options.metrics
         if applies(name, model)
     }
-    shared = SharedDetails()
-    if options.report:
-        shared = share_details(model, data, datasets, options, job)
-    if not job.is_main:
-        return None
     start = time.perf_counter()
     drawn = draw_samples(model, options.sampling.batch_size, options.sampling)
     sampling = {
@@ -151,23 +142,11 @@ def evaluate_run(
                 f"{out}: cannot make the folder of the report ({error.strerror}); choose another "
                 "--out, or --report False"
             ) from None
-        details = examine(model, folder, data, datasets, drawn.images, options, shared)
+        details = examine(model, folder, data, datasets, drawn.images, options)
         write_pictures(folder, out, model, datasets, drawn.images, options)
         write_report(report, details, out, options.neighbours)
         report = replace(report, details=details)
     return report
-
-
-def _open_datasets(data: DataConfig, job: Job) -> Datasets:
-    """The data, which the main process looks at, prepares and speaks of before the others."""
-    built: list[Datasets] = []
-
-    def build() -> None:
-        built.append(build_datasets(data))
-        print(built[0].summary(), file=sys.stderr, flush=True)  # standard output is the table
-
-    job.on_main(build)
-    return built[0] if built else build_datasets(data)
 
 
 def applies(name: str, model: Model) -> bool:
@@ -187,7 +166,6 @@ def _run_metric(
     data: DataConfig,
     options: EvaluateOptions,
     label: str,
-    job: Job,
 ) -> LikelihoodReport:
     dataset = datasets.test if options.split == "test" else datasets.train
     batches = evaluation_batches(
@@ -198,7 +176,6 @@ def _run_metric(
         limit=options.limit,
         binarisation_seed=data.eval_binarisation_seed,
         device=model.device,
-        job=job,
     )
     settings: dict[str, dict[str, Any]] = {
         "nelbo": {"samples": options.samples},
@@ -209,10 +186,7 @@ def _run_metric(
         "bits": {"tolerance": options.tolerance},
     }
     total = len(batches.index)
-    bar = progress_bar(
-        total=total, desc=f"{label} {name}", unit="img", leave=False, disable=not job.is_main
-    )
-    with bar:
+    with progress_bar(total=total, desc=f"{label} {name}", unit="img", leave=False) as bar:
         return METRICS[name](
             model,
             batches,
@@ -260,19 +234,16 @@ def write_pictures(
             learning_curves({folder.name: lines}, out / "learning_curve.png", num_dims=dims)
 
 
-def evaluate(options: EvaluateOptions, job: Job = ALONE) -> None:
+def evaluate(options: EvaluateOptions) -> None:
     """Evaluate the runs of ``options``, print the table, and write the report of each and the JSON
-    and pictures that it asks for. The processes of ``job`` share the work.
+    and pictures that it asks for.
     """
     if not options.run:
         require_run(None)
     folders = [Path(run) for run in options.run]
     _check_options(folders, options)
-    job.on_main(lambda: _check_outputs(folders, options))
-    found = [evaluate_run(f, options, _report_folder(f, options), job) for f in folders]
-    if not job.is_main:
-        return
-    reports = [report for report in found if report is not None]
+    _check_outputs(folders, options)
+    reports = [evaluate_run(folder, options, _report_folder(folder, options)) for folder in folders]
     print(format_table(reports))
     if options.json:
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)
