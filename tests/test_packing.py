@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ from lsgm.commands.prepare import prepare
 from lsgm.config.training import DataConfig
 from lsgm.data import build_datasets
 from lsgm.data.images import read_image
-from lsgm.data.packed import PackedDataset, read_index
+from lsgm.data.packed import PackedDataset, _page_ranges, read_index
 from lsgm.data.packing import engine
 from lsgm.data.packing.settings import PRESETS, PackSettings
 from lsgm.data.packing.splits import choose_splits, held_out
@@ -129,6 +130,42 @@ def test_broken_pictures_are_left_out_listed_and_counted(tmp_path, capsys):
         assert len(array) == len(index.splits[split].names)
         for row, name in zip(array, index.splits[split].names, strict=True):
             assert np.array_equal(row, read_image(source / name, 8, 3).permute(1, 2, 0))
+
+
+def test_a_chunk_is_on_the_disk_before_the_log_says_so(tmp_path, monkeypatch):
+    """A power cut would otherwise leave chunks that the log calls finished without their pixels."""
+    monkeypatch.setattr(engine, "CHUNK_BYTES", 3 * 8 * 8 * 3)
+    source, events = make(tmp_path / "s", 10), []
+    fsync, line = os.fsync, engine.log_line
+
+    def synced(handle):
+        fsync(handle)
+        events.append(os.fstat(handle).st_ino)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(engine, "log_line", lambda r: (events.append(r["split"]), line(r))[1])
+    run(source, tmp_path / "p", "--image_size", "8", "--workers", "1")
+    for split, chunks in (("train", 3), ("test", 1)):  # 9 pictures, and one held out
+        file = (tmp_path / "p" / f"{split}.npy").stat().st_ino
+        logged = [i for i, event in enumerate(events) if event == split]
+        assert len(logged) == chunks
+        for number, place in enumerate(logged, 1):
+            assert events[:place].count(file) >= number
+
+
+def test_rows_are_asked_for_at_their_place(tmp_path):
+    """Whole pages that hold the rows, which begin and end within a page; in order, and twice."""
+    values = np.random.default_rng(0).integers(0, 256, (9, 40, 50, 3)).astype(np.uint8)
+    np.save(tmp_path / "a.npy", values)
+    content = (tmp_path / "a.npy").read_bytes()
+    array = np.load(tmp_path / "a.npy", mmap_mode="r")
+    index = torch.tensor([8, 0, 5, 5])
+    ranges = list(_page_ranges(array, index.numpy()))
+    for row, (start, size) in zip([0, 5, 5, 8], ranges, strict=True):
+        assert start % mmap.PAGESIZE == 0 and size < 40 * 50 * 3 + mmap.PAGESIZE
+        assert content[start : start + size].endswith(values[row].tobytes())
+    found = (PackedDataset(array).batch(index) * 255).round().byte().permute(0, 2, 3, 1)
+    assert np.array_equal(found, values[index])
 
 
 def test_a_killed_pack_goes_on_and_gives_the_same(tmp_path, monkeypatch):

@@ -7,7 +7,8 @@ training reads it without decoding anything; processes share its pages.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import mmap
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -201,8 +202,32 @@ class PackedDataset(ImageDataset):
         return len(self.array)
 
     def batch(self, index: Tensor) -> Tensor:
-        images = torch.from_numpy(self.array[index.numpy()])
+        rows = index.numpy()
+        _read_ahead(self.array, rows)
+        images = torch.from_numpy(self.array[rows])
         return images.permute(0, 3, 1, 2).contiguous().float().div_(255.0)
+
+
+def _read_ahead(array: np.ndarray, rows: np.ndarray) -> None:
+    """Ask the system for all of ``rows`` at once, where they are not in memory yet: touched one
+    after the other they come page by page.
+    """
+    file: Any = array.base
+    if isinstance(file, mmap.mmap) and hasattr(mmap, "MADV_WILLNEED"):
+        for start, size in _page_ranges(array, rows):
+            file.madvise(mmap.MADV_WILLNEED, start, size)
+
+
+def _page_ranges(array: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Where each of ``rows`` lies in the map of a :class:`numpy.memmap`, in order: the start of its
+    first page, and the bytes from there to the row's end.
+    """
+    assert isinstance(array, np.memmap)
+    first, size = array.offset % mmap.ALLOCATIONGRANULARITY, array.strides[0]
+    for row in np.sort(rows).tolist():
+        start = first + row * size
+        page = start - start % mmap.PAGESIZE
+        yield page, start + size - page
 
 
 def pictures_spec(
